@@ -1,0 +1,288 @@
+"""The closed tables of messages between api, spawner, zygote and init: one file, both ends of each.
+
+Each message is one datagram of a SOCK_SEQPACKET socket pair: a kind byte, fixed fields, perhaps a tail of bytes.
+What is not in the table, is too long, or brings another number of descriptors raises ProtocolError, and whoever
+reads it gives the connection up. Nothing that a client sent is in a field; it travels in sealed memory files and
+in tails that the spawner hands on unread.
+
+    api     -> spawner  START CANCEL
+    spawner -> api      FACTS STARTED ENDED
+    spawner -> zygote   SPAWN                     zygote -> spawner   WARM SPAWNED REFUSED
+    spawner -> init     END                       init   -> spawner   FAILED EXITED DONE
+    spawner -> job      GO                        job    -> spawner   CONFINED RUNNING FAILED   (before it is the client's)
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+from sandrun.errors import ProtocolError
+
+FACTS_BYTES = 128 * 1024
+TAIL_BYTES = 48 * 1024
+"""The most a tail may have: an isolation report is about 5 KB."""
+MAX_DESCRIPTORS = 24
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends that keep the bounds of messages. The kernel drops neither bytes nor descriptors."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(end: socket.socket, message: bytes, descriptors: list[int] | None = None) -> None:
+    """Raises: OSError EPIPE or ECONNRESET if the other end is gone."""
+    if descriptors:
+        socket.send_fds(end, [message], descriptors)
+    else:
+        end.send(message)
+
+
+def receive(end: socket.socket, most: int, descriptors: int = 0) -> tuple[bytes, list[int]]:
+    """One message and the descriptors that came with it, close-on-exec; b"" is end of file.
+
+    Raises: ProtocolError if it was cut, or brought more than `descriptors` descriptors (all are closed then).
+    """
+    space = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+    message, ancillary, flags, _ = end.recvmsg(most, space, socket.MSG_CMSG_CLOEXEC)
+    got: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % 4])
+            got.extend(numbers)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(got) > descriptors:
+        close_all(got)
+        raise ProtocolError(f"a message of {len(message)} bytes with {len(got)} descriptors breaks the table")
+    return message, got
+
+
+def close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def unpack(layout: struct.Struct, message: bytes) -> tuple[int, ...]:
+    """The fixed fields of a message that has no tail. Raises: ProtocolError on another length."""
+    if len(message) != layout.size:
+        raise ProtocolError(f"a message of kind {message[:1]!r} has {len(message)} bytes, not {layout.size}")
+    return layout.unpack(message)
+
+
+# ---- api <-> spawner ---------------------------------------------------------------------------------------
+
+START = b"S"
+CANCEL = b"C"
+FACTS = b"F"
+STARTED = b"B"
+ENDED = b"E"
+
+_START = struct.Struct("<cxHHBxQQQIIxxxx")
+_CANCEL = struct.Struct("<c7xQ")
+_STARTED = struct.Struct("<c7xQ")
+_ENDED = struct.Struct("<cBBBiiQQqqqI")
+
+START_BYTES = 64
+FROM_SPAWNER_BYTES = FACTS_BYTES
+START_DESCRIPTORS = 6
+"""spec, archive, stdin (to read), stdout, stderr, outputs (to write)."""
+
+UNKNOWN = -1
+"""A usage that this host cannot measure."""
+
+
+class Start(NamedTuple):
+    """Start a job. `environment` is an index into the FACTS; `tag` an opaque name of the client."""
+
+    environment: int
+    processes: int
+    collect: bool
+    ticket: int
+    tag: int
+    memory_bytes: int
+    wall_ms: int
+    cpu_ms: int  # 0: no limit of its own
+
+    def encode(self) -> bytes:
+        return _START.pack(
+            START, self.environment, self.processes, self.collect, self.ticket, self.tag, self.memory_bytes,
+            self.wall_ms, self.cpu_ms,
+        )  # fmt: skip
+
+    @classmethod
+    def decode(cls, message: bytes) -> Start:
+        _, environment, processes, collect, ticket, tag, memory, wall, cpu = unpack(_START, message)
+        if not 1 <= processes <= 4096 or not 1 << 20 <= memory <= 1 << 40 or not 1 <= wall or collect > 1:
+            raise ProtocolError("START has a field out of range")
+        return cls(environment, processes, bool(collect), ticket, tag, memory, wall, cpu)
+
+
+def encode_cancel(ticket: int) -> bytes:
+    return _CANCEL.pack(CANCEL, ticket)
+
+
+def decode_cancel(message: bytes) -> int:
+    return unpack(_CANCEL, message)[1]
+
+
+def encode_started(ticket: int) -> bytes:
+    return _STARTED.pack(STARTED, ticket)
+
+
+def decode_started(message: bytes) -> int:
+    return unpack(_STARTED, message)[1]
+
+
+OUTCOMES = (
+    "exited signaled timeout cpu_limit memory_limit cancelled worker_lost setup_failed"
+).split()
+"""Outcomes by their number in messages; the words are `sandrun.model.Outcome`."""
+HIT_PROCESSES, HIT_STORAGE = 1, 2
+
+
+class Ended(NamedTuple):
+    """A job is over, its cgroup empty and gone. Times in µs; UNKNOWN where not measured.
+
+    `host` is what the spawner itself measured (JSON), `inside` what was measured in the sandbox, handed on unread;
+    for `setup_failed` it is `step NUL errno NUL text`.
+    """
+
+    ticket: int
+    outcome: int
+    exit_code: int  # UNKNOWN: it did not exit
+    signal: int  # 0: none
+    hits: int
+    wall_us: int
+    cpu_us: int
+    memory_peak: int
+    tasks_peak: int
+    host: bytes
+    inside: bytes
+
+    def encode(self) -> bytes:
+        head = _ENDED.pack(
+            ENDED, self.outcome, self.hits, 0, self.exit_code, self.signal, self.ticket, self.wall_us, self.cpu_us,
+            self.memory_peak, self.tasks_peak, len(self.host),
+        )  # fmt: skip
+        return head + self.host + self.inside
+
+    @classmethod
+    def decode(cls, message: bytes) -> Ended:
+        if len(message) < _ENDED.size:
+            raise ProtocolError("ENDED is too short")
+        _, outcome, hits, _, code, signal, ticket, wall, cpu, memory, tasks, host = _ENDED.unpack_from(message)
+        tail = message[_ENDED.size :]
+        if outcome >= len(OUTCOMES) or host > len(tail):
+            raise ProtocolError("ENDED has a field out of range")
+        return cls(ticket, outcome, code, signal, hits, wall, cpu, memory, tasks, tail[:host], tail[host:])
+
+
+# ---- spawner <-> zygote ------------------------------------------------------------------------------------
+
+SPAWN = b"s"
+WARM = b"w"
+SPAWNED = b"p"
+REFUSED = b"r"
+
+_SPAWN = struct.Struct("<cBBBIIIxxxxQ")
+SPAWN_FIXED_DESCRIPTORS = 8
+"""control, gate, spec, archive, stdin, stdout, stderr, outputs; then tmpfs?, v2 cgroup?, v1 tasks files."""
+HAS_STORAGE, HAS_CGROUP, COLLECT = 1, 2, 4
+
+
+class Spawn(NamedTuple):
+    """Build a sandbox. Ids are those of the zygote's user namespace; equal ones mean a single uid for all."""
+
+    flags: int
+    entries: int  # v1 `tasks` descriptors at the end
+    slot: int
+    init_id: int
+    job_id: int
+    storage_bytes: int
+
+    def encode(self) -> bytes:
+        return _SPAWN.pack(SPAWN, self.flags, self.entries, 0, self.slot, self.init_id, self.job_id, self.storage_bytes)
+
+    @classmethod
+    def decode(cls, message: bytes) -> Spawn:
+        _, flags, entries, _, slot, init_id, job_id, storage = unpack(_SPAWN, message)
+        return cls(flags, entries, slot, init_id, job_id, storage)
+
+    @property
+    def descriptors(self) -> int:
+        return (
+            SPAWN_FIXED_DESCRIPTORS + bool(self.flags & HAS_STORAGE) + bool(self.flags & HAS_CGROUP) + self.entries
+        )
+
+
+_SLOT = struct.Struct("<cxxxI")
+
+
+def encode_spawned(slot: int) -> bytes:
+    """Goes with one descriptor: the pidfd of the sandbox's init."""
+    return _SLOT.pack(SPAWNED, slot)
+
+
+def decode_spawned(message: bytes) -> int:
+    return unpack(_SLOT, message)[1]
+
+
+def encode_refused(slot: int, error: bytes) -> bytes:
+    """`error` is `step NUL errno NUL text`, as `failure` makes it."""
+    return _SLOT.pack(REFUSED, slot) + error[:TAIL_BYTES]
+
+
+def decode_refused(message: bytes) -> tuple[int, bytes]:
+    if len(message) < _SLOT.size:
+        raise ProtocolError("REFUSED is too short")
+    return _SLOT.unpack_from(message)[1], message[_SLOT.size :]
+
+
+# ---- spawner <-> init and job ------------------------------------------------------------------------------
+
+CONFINED = b"c"  # job: every wall stands; the tail is the report measured inside
+GO = b"g"  # spawner: the host sees the same
+RUNNING = b"x"  # job: files are unpacked, the next call is the client's; the wall clock starts
+FAILED = b"f"  # init or job: step NUL errno NUL text
+EXITED = b"e"  # init: the entrypoint is over and every process with it
+DONE = b"d"  # init: outputs are collected
+END = b"k"  # spawner: kill the job, then go on as after its exit
+
+_EXITED = struct.Struct("<cBHiqq")
+
+
+class Exited(NamedTuple):
+    """`status` as waitpid(2) gives it; the times and the peak are getrusage(2)'s, for hosts without cgroups."""
+
+    hits: int
+    status: int
+    cpu_us: int
+    memory_peak: int
+
+    def encode(self) -> bytes:
+        return _EXITED.pack(EXITED, self.hits, 0, self.status, self.cpu_us, self.memory_peak)
+
+    @classmethod
+    def decode(cls, message: bytes) -> Exited:
+        _, hits, _, status, cpu, memory = unpack(_EXITED, message)
+        return cls(hits, status, cpu, memory)
+
+
+def failure(step: str, error: BaseException) -> bytes:
+    """`step NUL errno NUL text`: how a failed step travels."""
+    number = getattr(error, "errno", None) or 0
+    return f"{step}\0{number}\0{type(error).__name__}: {error}".encode(errors="backslashreplace")[:4096]
+
+
+def read_failure(tail: bytes) -> tuple[str, int, str]:
+    """The three parts of a `failure`; whatever came is made to fit."""
+    step, _, rest = tail.partition(b"\0")
+    number, _, text = rest.partition(b"\0")
+    return (
+        step.decode(errors="replace") or "unknown",
+        int(number) if number.isdigit() else 0,
+        text.decode(errors="replace"),
+    )
