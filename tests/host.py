@@ -1,0 +1,149 @@
+"""What the tests look at from outside: processes, namespaces, cgroups and mounts of this host, read from /proc."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process by pid *and* start time, since a pid is soon another's."""
+
+    pid: int
+    started: int
+    parent: int
+    state: str
+
+    @property
+    def alive(self) -> bool:
+        """A zombie is dead: it holds nothing but its number, and its parent may be slow to reap it."""
+        now = process(self.pid)
+        return now is not None and now.started == self.started and now.state not in "ZX"
+
+    @property
+    def title(self) -> str:
+        try:
+            with open(f"/proc/{self.pid}/cmdline", "rb") as f:
+                return f.read().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    @property
+    def pid_depth(self) -> int:
+        """How many PID namespaces deep it lives, 1 being ours; 0 when it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/status") as f:
+                found = re.search(r"^NSpid:\s+(.*)$", f.read(), re.MULTILINE)
+        except OSError:
+            return 0
+        return len(found[1].split()) if found else 0
+
+    def namespaces(self) -> dict[str, str]:
+        """Those of its namespaces that are not ours, by kind; only what we may read."""
+        found = {}
+        for kind in NAMESPACES:
+            try:
+                name = os.readlink(f"/proc/{self.pid}/ns/{kind}")
+            except OSError:
+                continue
+            if name != os.readlink(f"/proc/self/ns/{kind}"):
+                found[kind] = name
+        return found
+
+
+def process(pid: int) -> Process | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            text = f.read().decode(errors="replace")
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 2 :].split()
+    return Process(pid=pid, started=int(fields[19]), parent=int(fields[1]), state=fields[0])
+
+
+def processes() -> list[Process]:
+    return [p for name in os.listdir("/proc") if name.isdigit() and (p := process(int(name)))]
+
+
+def descendants(pid: int) -> list[Process]:
+    """All live processes below `pid`, itself not included."""
+    children: dict[int, list[Process]] = {}
+    for p in processes():
+        children.setdefault(p.parent, []).append(p)
+    found, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += [p.pid for p in below]
+    return [p for p in found if p.state not in "ZX"]
+
+
+def namespaces_of(members: Iterable[Process]) -> set[str]:
+    return {name for p in members for name in p.namespaces().values()}
+
+
+def in_namespaces(names: set[str]) -> list[Process]:
+    """Processes that live in one of these namespaces."""
+    return [p for p in processes() if names & set(p.namespaces().values())]
+
+
+def own_cgroups(pids: set[int]) -> list[str]:
+    """Directories `sandrun-<pid>` of these pids, in every cgroup hierarchy."""
+    found = []
+    wanted = {f"sandrun-{pid}" for pid in pids}
+    for top, names, _ in os.walk("/sys/fs/cgroup"):
+        found += [os.path.join(top, n) for n in names if n in wanted]
+        names[:] = [n for n in names if not n.startswith("sandrun-")]
+    return found
+
+
+def mounts() -> set[str]:
+    """Mount points of our own mount namespace."""
+    with open("/proc/self/mountinfo") as f:
+        return {line.split()[4] for line in f}
+
+
+def controllers() -> dict[str, str]:
+    """Which hierarchy each cgroup controller is mounted in: {"memory": "v1", ...}."""
+    found: dict[str, str] = {}
+    with open("/proc/self/mountinfo") as f:
+        for line in f:
+            before, _, after = line.partition(" - ")
+            fstype, _, options = after.split()[:3]
+            where = before.split()[4]
+            if fstype == "cgroup2":
+                try:
+                    with open(f"{where}/cgroup.controllers") as names:
+                        found.update(dict.fromkeys(names.read().split(), "v2"))
+                except OSError:
+                    continue
+            elif fstype == "cgroup":
+                found.update(dict.fromkeys(options.split(","), "v1"))
+    return {name: where for name, where in found.items() if name in ("memory", "pids", "cpu", "cpuacct", "freezer")}
+
+
+def cgroup_version() -> str:
+    """ "v1", "v2" or "none": where the memory and pids controllers are."""
+    where = controllers()
+    both = {where.get("memory"), where.get("pids")}
+    return both.pop() or "none" if len(both) == 1 else "none"
+
+
+def user_namespaces_work() -> bool:
+    """Whether a user namespace of our own gives us capabilities (Ubuntu's AppArmor rule takes them away)."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            import ctypes
+
+            libc = ctypes.CDLL(None, use_errno=True)
+            code = 0 if libc.unshare(0x10000000) == 0 and libc.unshare(0x00020000) == 0 else 1  # NEWUSER, then NEWNS
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1] == 0
