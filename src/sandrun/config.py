@@ -2,8 +2,8 @@
 
 Each field of `Config` is a key, and its row says all there is to know: unit, default, accepted range, purpose; `sandrun
 config` and docs/operating.md print that table. A key `max_timeout` is `max_timeout = 600` in the TOML file,
-`SANDRUN_MAX_TIMEOUT=600` in the environment and `--max-timeout 600` on the command line; the later of the three wins, and
-`Config.origins` remembers which did.
+`SANDRUN_MAX_TIMEOUT=600` in the environment and `--max-timeout 600` on the command line; the later of the three wins,
+and `Config.origins` remembers which did.
 
 Standard library only: the privileged side reads this too.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,8 +29,8 @@ ROOT_FILE = "/etc/sandrun/sandrun.toml"
 UID_BASE = 1879048192
 """First host uid of the sandboxes as root: clear of subuids (100000…) and of systemd's ranges (below 0x70000000)."""
 
-OTHER_VARIABLES = frozenset({"SANDRUN_CONFIG", "SANDRUN_URL"})
-"""Variables of ours that are no keys: the TOML file's path, and the server that the client commands talk to."""
+OTHER_VARIABLES = frozenset({"SANDRUN_CONFIG", "SANDRUN_URL", "SANDRUN_CA"})
+"""Variables of ours that are no keys: the TOML file's path; the server that the client commands talk to, and its CA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,11 +160,28 @@ class Config:
         high=1024 * 1024 * MIB,
         default_text="25 % of RAM, 64M to 4G",
     )
-    ttl_failed: float = _setting(
-        "jobs", "number", 300.0, "a failed job is erased so long after its end", unit="seconds", low=1, high=86400
+    client_store_share: float = _setting(
+        "jobs", "number", 0.5, "part of store_bytes that one client may hold", low=0.01, high=1
     )
-    ttl_untouched: float = _setting(
-        "jobs", "number", 3600.0, "an ended job is erased when nobody asked so long", unit="seconds", low=1, high=604800
+    queued_jobs: int = _setting("jobs", "integer", 1000, "jobs that wait, all clients together", low=1, high=100000)
+    client_queued_jobs: int = _setting("jobs", "integer", 100, "jobs of one client that wait", low=1, high=100000)
+    run_queue_seconds: float = _setting(
+        "jobs", "number", 30.0, "how long a /run waits for its turn", unit="seconds", low=0.1, high=3600
+    )
+    active_per_core: float = _setting(
+        "jobs", "number", 2.0, "sandboxes that run at once, for each core", low=0.1, high=100
+    )
+    memory_share: float = _setting(
+        "jobs", "number", 0.6, "part of RAM that running jobs' limits may promise together", low=0.05, high=1
+    )
+    client_running_share: float = _setting(
+        "jobs", "number", 0.25, "part of the running places that one client may hold, at least one", low=0.01, high=1
+    )
+    failed_ttl_seconds: float = _setting(
+        "jobs", "number", 300.0, "how long a failed job that nobody asks for is kept", unit="seconds", low=1, high=86400
+    )
+    ttl_seconds: float = _setting(
+        "jobs", "number", 3600.0, "the same for a completed one", unit="seconds", low=1, high=604800
     )
     grace_seconds: float = _setting(
         "jobs", "number", 30.0, "what running jobs get at SIGTERM", unit="seconds", low=0, high=3600
@@ -204,7 +221,7 @@ class Config:
         """The section that `sandrun.jobs` gets."""
         from sandrun.jobs.config import JobsConfig
 
-        return JobsConfig(**{f.name: getattr(self, f.name) for f in fields(JobsConfig) if hasattr(self, f.name)})
+        return JobsConfig(**{f.name: getattr(self, f.name) for f in fields(JobsConfig)})
 
     @property
     def environments_dir(self) -> str:
@@ -352,8 +369,8 @@ def load(
     Args:
         flags: key to text, or to a sequence of texts for a list; None is a flag that was not given.
         file: the TOML file; else SANDRUN_CONFIG, else `default_file` if it exists.
-    Raises: ConfigError naming key, value, origin and accepted range; for unknown keys and variables too: a limit that
-        is misspelt would silently not hold.
+    Raises: ConfigError naming key, value, origin and accepted range; for unknown keys too: a limit that is misspelt
+        would silently not hold.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
@@ -363,15 +380,18 @@ def load(
     for name, value in _read_file(path, must_exist=named is not None).items():
         row = _BY_NAME.get(name)
         if row is None:
-            _unknown(f"{name} in {path}", name, list(_BY_NAME))
+            _unknown(f"{name} in {path}", name)
         origins[name] = f"file {path}"
         values[name] = _from_toml(row, value, origins[name])
     for variable, text in environ.items():
         if not variable.startswith("SANDRUN_") or variable in OTHER_VARIABLES:
             continue
-        row = _BY_NAME.get(variable[len("SANDRUN_") :].lower())
+        name = variable[len("SANDRUN_") :].lower()
+        row = _BY_NAME.get(name)
         if row is None or variable != row.variable:
-            _unknown(f"environment variable {variable}", variable, [r.variable for r in KEYS])
+            if _close(name):  # others may use the prefix too, but this is a key misspelt
+                _unknown(f"the environment variable {variable}", name, prefix="SANDRUN_")
+            continue
         origins[row.name] = f"environment {variable}"
         values[row.name] = _from_text(row, text, origins[row.name])
     for name, given in (flags or {}).items():
@@ -407,11 +427,18 @@ def _read_file(path: str, *, must_exist: bool) -> dict[str, Any]:
         raise ConfigError(f"the settings file {path} is not TOML: {error}") from None
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> NoReturn:
+def _close(name: str) -> str | None:
+    """The key that `name` is likely meant to be."""
     import difflib
 
-    close = difflib.get_close_matches(name, known, n=1)
-    raise ConfigError(f"{show(what, 300)} is no setting" + (f"; did you mean {close[0]}?" if close else ""))
+    return next(iter(difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.75)), None)
+
+
+def _unknown(what: str, name: str, *, prefix: str = "") -> NoReturn:
+    meant = _close(name)
+    if meant and prefix:
+        meant = prefix + meant.upper()
+    raise ConfigError(f"{show(what, 300)} is no setting" + (f"; did you mean {meant}?" if meant else ""))
 
 
 def table(write: Callable[[str], object]) -> None:
