@@ -1,0 +1,299 @@
+"""Runs the tests in tiers, each in the surroundings that it is for, and closes with one summary.
+
+    ./scripts/test                  all tiers
+    ./scripts/test TIER [ARGS]      one: unit kernel service escape user vm; ARGS go to pytest
+    ./scripts/test mutations        takes each protection away and sees its tests fail (tests/mutations.py)
+
+Each tier's report lies in .test-results/TIER.xml; ./scripts/check reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / ".test-results"
+ALL_SECONDS = 25 * 60
+VM_MEMORY_MB = 3072
+NOT_IN_THE_VM = ("ruff", "mypy")  # they judge the same files everywhere
+
+
+@dataclasses.dataclass
+class Report:
+    """What one tier came to."""
+
+    tier: str
+    exit_code: int
+    seconds: float = 0.0
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    note: str = ""
+
+    @property
+    def good(self) -> bool:
+        """A tier in which no test passed did not run, whatever its exit code says."""
+        return self.exit_code == 0 and self.failed == 0 and self.passed > 0
+
+    @property
+    def reason(self) -> str:
+        if self.note or self.good or self.failed:
+            return self.note
+        return f"exit {self.exit_code}" if self.exit_code else "no test passed"
+
+    def read(self, path: Path) -> Report:
+        """Count the cases of a JUnit report."""
+        if not path.exists():
+            self.note = self.note or f"exit {self.exit_code}, no report"
+            return self
+        for case in ET.parse(path).getroot().iter("testcase"):
+            kinds = {child.tag for child in case}
+            if kinds & {"failure", "error"}:
+                self.failed += 1
+            elif "skipped" in kinds:
+                self.skipped += 1
+            else:
+                self.passed += 1
+        return self
+
+
+# ---- the tree ------------------------------------------------------------------------------------------------
+
+
+def sources() -> list[Path]:
+    """The files that git tracks or would, relative to the tree: neither .venv nor left-overs come along."""
+    listed = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "-z", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    ).stdout
+    return sorted(Path(name) for name in set(os.fsdecode(listed).split("\0")) if name and (ROOT / name).is_file())
+
+
+def fingerprint() -> str:
+    """A digest of all that decides what the tests do; documents do not."""
+    digest = hashlib.sha256()
+    for path in sources():
+        if path.parts[0] in ("src", "tests", "examples", "scripts") or path.name == "pyproject.toml":
+            digest.update(b"%s\0%s\0" % (os.fsencode(path), hashlib.sha256((ROOT / path).read_bytes()).digest()))
+    return digest.hexdigest()
+
+
+def copy_tree(target: Path, *, venv: bool) -> None:
+    """The sources, and if asked the environment, with the new place written into its scripts and paths."""
+    for path in sources():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, target / path, follow_symlinks=False)
+    if venv:
+        copy_venv(target)
+
+
+def copy_venv(target: Path) -> None:
+    shutil.copytree(ROOT / ".venv", target / ".venv", symlinks=True, ignore=shutil.ignore_patterns("ruff*"))
+    old, new = os.fsencode(ROOT), os.fsencode(target)
+    for file in [*(target / ".venv/bin").iterdir(), *(target / ".venv").glob("lib/*/site-packages/*.pth")]:
+        if file.is_file() and not file.is_symlink() and old in (content := file.read_bytes()):
+            mode = file.stat().st_mode
+            file.write_bytes(content.replace(old, new))
+            file.chmod(mode)
+
+
+# ---- running -------------------------------------------------------------------------------------------------
+
+
+def run(command: list[str], seconds: float, *, cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
+    """Run to the end, or stop it: first as Ctrl-C would, so that fixtures tear down."""
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, process_group=0)
+    interrupted: KeyboardInterrupt | None = None
+    try:
+        return process.wait(max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        print(f"tiers: not over after {seconds:.0f} s: {' '.join(command[:6])} …", flush=True)
+    except KeyboardInterrupt as error:
+        interrupted = error
+    for stop, grace in ((signal.SIGINT, 60), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, stop)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+            break
+    if interrupted:
+        raise interrupted
+    return 124
+
+
+def pytest(tier: str, python: Path, results: Path, paths: list[str], extra: list[str]) -> list[str]:
+    """The command of a tier; paths named in `extra` replace the tier's own."""
+    if any(argument.startswith("tests/") for argument in extra):
+        paths = []
+    report = [f"--junit-xml={results / tier}.xml", "-o", "junit_family=xunit1"]
+    return [str(python), "-m", "pytest", "-q", "--durations=5", *report, *paths, *extra]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What tests see of our own environment: little, so that they don't lean on it."""
+    keep = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "LC_")) or k in ("HOME", "LANG", "CI")}
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"HOME": "/", "LANG": "C.UTF-8", **keep, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", **more}
+
+
+Tier = Callable[[list[str], float], int]
+
+
+def native(name: str) -> Tier:
+    """As root, on the cgroups that this host has."""
+
+    def tier(extra: list[str], seconds: float) -> int:
+        command = pytest(name, Path(sys.executable), RESULTS, [f"tests/{name}"], extra)
+        return run(command, seconds, env=environment())
+
+    return tier
+
+
+def free_uid() -> int:
+    """A uid that is nobody's: it has no account and owns no process."""
+    used = {entry.pw_uid for entry in pwd.getpwall()}
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            used.add(directory.stat().st_uid)
+    return next(uid for uid in range(62000, 63000) if uid not in used)
+
+
+@contextlib.contextmanager
+def throw_away_user() -> Iterator[tuple[int, Path]]:
+    """A uid without account, privilege, groups or subuids, and a directory that it can reach."""
+    with tempfile.TemporaryDirectory(prefix="sandrun-user-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        directory.chmod(0o755)  # the tree itself may lie below a home that nobody else can enter
+        yield free_uid(), directory
+
+
+def user(extra: list[str], seconds: float) -> int:
+    """As an ordinary user with one uid and no cgroup of its own."""
+    paths = ["tests/kernel", "tests/service", "tests/escape"]
+    if os.geteuid() != 0:
+        return run(pytest("user", Path(sys.executable), RESULTS, paths, extra), seconds, env=environment())
+    with throw_away_user() as (uid, directory):
+        tree, out, home = directory / "tree", directory / "out", directory / "home"
+        copy_tree(tree, venv=True)
+        for made in (out, home):
+            made.mkdir()
+            os.chown(made, uid, uid)
+        drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--inh-caps=-all", "--"]
+        command = [*drop, *pytest("user", tree / ".venv/bin/python", out, paths, extra)]
+        code = run(command, seconds, cwd=tree, env=environment(HOME=str(home)))
+        fetch(out / "user.xml")
+        return code
+
+
+def vm(extra: list[str], seconds: float) -> int:
+    """As root on cgroup v2 with systemd, in a machine booted for it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    tools = project["project"]["optional-dependencies"]["dev"] + project["build-system"]["requires"]
+    tools = [name for name in tools if not name.startswith(NOT_IN_THE_VM)]
+    with tempfile.TemporaryDirectory(prefix="sandrun-vm-tree-") as name:
+        tree, out = Path(name) / "tree", Path(name) / "out"
+        copy_tree(tree, venv=False)
+        (tree / "tests/vm/requirements").write_text("\n".join(tools) + "\n")
+        wheels = [f"--wheels={name}" for name in [*project["project"]["dependencies"], *tools]]
+        inner = pytest("vm", Path("python"), Path("/out"), ["tests/kernel", "tests/service", "tests/escape"], extra)
+        machine = [f"--mem={VM_MEMORY_MB}", f"--timeout={seconds:.0f}", f"--share={tree}", f"--out={out}", *wheels]
+        command = [sys.executable, "tests/vm/run-in-vm", "--verbose", *machine, "--", "sh", "tests/vm/inside"]
+        code = run([*command, *inner[3:]], seconds + 30, env=environment())
+        fetch(out / "vm.xml")
+        return code
+
+
+def fetch(report: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(report, RESULTS / report.name)
+
+
+# Name, what runs it, the most seconds it gets. ALL_SECONDS holds whatever these add up to.
+TIERS: dict[str, tuple[Tier, str, float]] = {
+    "unit": (native("unit"), "anywhere", 420),
+    "kernel": (native("kernel"), "as root on this host's cgroups", 300),
+    "service": (native("service"), "as root on this host's cgroups", 480),
+    "escape": (native("escape"), "as root on this host's cgroups", 480),
+    "user": (user, "as an ordinary user with one uid and no cgroup", 480),
+    "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 600),
+}
+
+
+def run_tier(name: str, extra: list[str], seconds: float) -> Report:
+    tier, where, most = TIERS[name]
+    print(f"\n==== {name}: {where} ====", flush=True)
+    report = RESULTS / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    begin = time.monotonic()
+    code = tier(extra, min(most, seconds))
+    return Report(name, code, time.monotonic() - begin, note="timed out" if code == 124 else "").read(report)
+
+
+def summarise(reports: list[Report], digest: str) -> int:
+    print("\n==== summary ====")
+    for r in reports:
+        counts = f"{r.passed:5} passed {r.failed:4} failed {r.skipped:4} skipped"
+        print(f"{'ok' if r.good else 'FAILED':7}{r.tier:9}{counts} {r.seconds:7.1f} s  {r.reason}".rstrip())
+    record = {"sources": digest, "tiers": {r.tier: {**dataclasses.asdict(r), "good": r.good} for r in reports}}
+    (RESULTS / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    fallen = sum(not r.good and not r.failed for r in reports)  # a tier that did not run counts as one failure
+    passed, failed, skipped = (sum(getattr(r, kind) for r in reports) for kind in ("passed", "failed", "skipped"))
+    print(f"{sum(r.seconds for r in reports):.0f} s in all")
+    print(f"{passed} passed, {failed + fallen} failed, {skipped} skipped", flush=True)
+    return 0 if all(r.good for r in reports) else 1
+
+
+def give_back() -> None:
+    """Under sudo, what we wrote in the tree still belongs to the one whose tree it is."""
+    owner = ROOT.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        for path in [RESULTS, *RESULTS.rglob("*")]:
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def main(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if name == "mutations":
+        return subprocess.call([sys.executable, "-B", str(ROOT / "tests/mutations.py"), *arguments[1:]], cwd=ROOT)
+    if name and name not in TIERS:
+        print(f"test: no tier {name!r}; there are {', '.join(TIERS)}, and mutations", file=sys.stderr)
+        return 2
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "run.json").unlink(missing_ok=True)
+    digest, end, reports = fingerprint(), time.monotonic() + ALL_SECONDS, []
+    try:
+        for tier in [name] if name else TIERS:
+            left = end - time.monotonic()
+            if os.geteuid() != 0 and tier not in ("unit", "user"):
+                reports.append(Report(tier, 1, note="skipped: run ./scripts/test as root or with sudo"))
+            elif left < 1:
+                reports.append(Report(tier, 124, note=f"skipped: the {ALL_SECONDS} s for all tiers were over"))
+            else:
+                reports.append(run_tier(tier, arguments[1:], left))
+        return summarise(reports, digest)
+    finally:
+        give_back()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
