@@ -1,0 +1,122 @@
+"""What a zygote knows, and what one sandbox is built from.
+
+Numbers and descriptors only: the job's own wishes stay in a memory file that nobody opens before the job's process has
+lost every right (`sandrun.sandbox.job`).
+"""
+
+from __future__ import annotations
+
+import os
+
+INIT_UID = 999
+JOB_UID = 1000
+"""As seen inside. On the host each sandbox has two ids of its own, or with one uid both are the user's."""
+
+
+class Nest:
+    """What all sandboxes of one zygote share; made by the spawner, not changed from then on.
+
+    Attributes:
+        job_filter, init_filter: BPF programs; empty if seccomp is waived.
+        landlock: ABI to use, 0 for none.
+        namespaces: CLONE_NEW* flags that a sandbox unshares after its PID namespace.
+        shared_uid: one uid for init and job.
+        interpreters: name -> argv prefix.
+        path: value of PATH for jobs.
+        environment: the folder of the package set inside, "" for the bare interpreter.
+        masked: what is covered below /proc, and whether it is a folder.
+        core_limit: RLIMIT_CORE, see `steps.set_rlimits`.
+    """
+
+    __slots__ = (
+        "core_limit", "environment", "init_filter", "interpreters", "job_filter", "landlock", "masked", "namespaces",
+        "path", "shared_uid",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        job_filter: bytes,
+        init_filter: bytes,
+        landlock: int,
+        namespaces: int,
+        shared_uid: bool,
+        interpreters: dict[str, list[str]],
+        path: str,
+        environment: str,
+        masked: list[tuple[str, bool]],
+        core_limit: int,
+    ) -> None:
+        self.job_filter = job_filter
+        self.init_filter = init_filter
+        self.landlock = landlock
+        self.namespaces = namespaces
+        self.shared_uid = shared_uid
+        self.interpreters = interpreters
+        self.path = path
+        self.environment = environment
+        self.masked = masked
+        self.core_limit = core_limit
+
+
+class Spec:
+    """One sandbox. Descriptors are this process's; each is closed by whoever needs it last.
+
+    Attributes:
+        slot: number of the sandbox, unique among those of the server that run.
+        init_id, job_id: uid and gid in the zygote's user namespace; equal with one uid.
+        control: init's socket to the spawner. gate: the job process's, until it is the client's.
+        sync: init's socket to the zygote, which writes the id maps.
+        storage: a detached tmpfs, or -1: init makes one of `storage_bytes`.
+        entries: v1 `tasks` files.
+        snapshot: memory file with the state of the work directory after unpacking.
+    """
+
+    __slots__ = (
+        "archive", "collect", "control", "entries", "gate", "init_id", "job_id", "nest", "outputs", "slot", "snapshot",
+        "spec", "stderr", "stdin", "stdout", "storage", "storage_bytes", "sync",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        nest: Nest,
+        *,
+        slot: int,
+        init_id: int,
+        job_id: int,
+        storage_bytes: int,
+        collect: bool,
+        descriptors: list[int],
+        has_storage: bool,
+        has_cgroup: bool,
+    ) -> None:
+        self.nest = nest
+        self.slot = slot
+        self.init_id = init_id
+        self.job_id = job_id
+        self.storage_bytes = storage_bytes
+        self.collect = collect
+        (
+            self.control, self.gate, self.spec, self.archive, self.stdin, self.stdout, self.stderr, self.outputs,
+        ) = descriptors[:8]  # fmt: skip
+        rest = descriptors[8:]
+        self.storage = rest.pop(0) if has_storage else -1
+        if has_cgroup:
+            rest.pop(0)  # the zygote's, for clone3
+        self.entries = rest
+        self.sync = -1
+        self.snapshot = -1
+
+    def descriptors(self) -> list[int]:
+        """All that are open, in rising order."""
+        named = (
+            self.control, self.gate, self.spec, self.archive, self.stdin, self.stdout, self.stderr, self.outputs,
+            self.storage, self.sync, self.snapshot,
+        )  # fmt: skip
+        return sorted(d for d in (*named, *self.entries) if d >= 0)
+
+
+def close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            os.close(descriptor)
