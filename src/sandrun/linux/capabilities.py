@@ -27,12 +27,13 @@ CAP_SETPCAP = NUMBERS["CAP_SETPCAP"]
 CAP_SYS_ADMIN = NUMBERS["CAP_SYS_ADMIN"]
 
 _prctl = bind("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
-_prctl_unchecked = ctypes.PyDLL(None)["prctl"]      # less than half of the time of `_prctl`, and a sandbox makes 41 calls
+_prctl_unchecked = ctypes.PyDLL(None)["prctl"]  # faster than `_prctl`, and a sandbox makes 41 calls
 _prctl_unchecked.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
-_VERSION_3 = 0x20080522     # 64 capabilities, in two halves
-_header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)              # version, pid: this thread
-_data = (ctypes.c_uint32 * 6)()                             # effective, permitted, inheritable; low half, then high half
+_VERSION_3 = 0x20080522  # 64 capabilities, in two halves
+_header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)  # version, pid: this thread
+# effective, permitted, inheritable: the low half of each, then the high half of each
+_data = (ctypes.c_uint32 * 6)()
 _nothing = (ctypes.c_uint32 * 6)()
 
 
@@ -40,7 +41,7 @@ def _find_last() -> int:
     number = -1
     try:
         while True:
-            _prctl(PR_CAPBSET_READ, number + 1, 0, 0, 0)    # EINVAL: the kernel has never heard of it
+            _prctl(PR_CAPBSET_READ, number + 1, 0, 0, 0)  # EINVAL: the kernel has never heard of it
             number += 1
     except OSError:
         return number
@@ -89,11 +90,12 @@ def keep(names: Iterable[str]) -> None:
 
 
 def _verify(wanted: int) -> None:
-    """Read the sets back. The ambient set is always within permitted and inheritable: empty if they have nothing common."""
+    """Read the sets back. The ambient set never exceeds permitted and inheritable, so it is empty here."""
     syscall(SYS["capget"], _header, _data)
     low, high = wanted & 0xFFFFFFFF, wanted >> 32
     if list(_data) != [low, low, 0, high, high, 0]:
-        raise OSError(errno.EPERM, f"capset: the kernel kept {[hex(word) for word in _data]} when asked for {wanted:#x}")
+        kept = [hex(word) for word in _data]
+        raise OSError(errno.EPERM, f"capset: the kernel kept {kept} when asked for {wanted:#x}")
 
 
 def read(pid: int | str = "self") -> dict[str, int]:

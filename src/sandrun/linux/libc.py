@@ -53,9 +53,10 @@ def bind(name: str, *argtypes: Any) -> Callable[..., int]:
             raise OSError(code, f"{name}: {os.strerror(code)}")
         return result
 
-    function = _libc[name]
+    function: Any = _libc[name]
     function.argtypes, function.restype, function.errcheck = argtypes, ctypes.c_int, check
-    return function
+    bound: Callable[..., int] = function
+    return bound
 
 
 # PyDLL keeps the GIL: nothing else of this interpreter may run between a fork and its clean-up. c_void_p, because it
@@ -88,9 +89,9 @@ class _Iovec(ctypes.Structure):
 
 
 def peek(address: int, n: int) -> bytes | None:
-    """Read `n` bytes of the own memory; None if any of it is not mapped or not readable, where a plain read would crash.
+    """Read `n` bytes of the own memory; None if any of it cannot be read, where a plain read would crash.
 
-    Raises: OSError ENOSYS on a kernel without CONFIG_CROSS_MEMORY_ATTACH, EPERM under a filter. See process_vm_readv(2).
+    Raises: OSError ENOSYS on a kernel without CONFIG_CROSS_MEMORY_ATTACH, or a filter's errno. process_vm_readv(2).
     """
     buffer = ctypes.create_string_buffer(n)
     local, remote = _Iovec(ctypes.addressof(buffer), n), _Iovec(address, n)
@@ -100,7 +101,7 @@ def peek(address: int, n: int) -> bytes | None:
         if error.errno == EFAULT:
             return None
         raise
-    return buffer.raw if got == n else None     # it stops at the first page that it cannot read
+    return buffer.raw if got == n else None  # it stops at the first page that it cannot read
 
 
 def poke(address: int, data: bytes) -> None:

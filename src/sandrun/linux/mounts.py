@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from sandrun.linux.libc import SYS, bind, failure, syscall
 
-MS_RDONLY = 0x1                 # <linux/mount.h>
+MS_RDONLY = 0x1  # <linux/mount.h>
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
 MS_NOEXEC = 0x8
@@ -28,14 +28,14 @@ MNT_FORCE = 0x1
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 
-MOUNT_ATTR_RDONLY = 0x1         # not the numbers of MS_*
+MOUNT_ATTR_RDONLY = 0x1  # not the numbers of MS_*
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
 MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 
-AT_FDCWD = -100                 # <linux/fcntl.h>
+AT_FDCWD = -100  # <linux/fcntl.h>
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 AT_SYMLINK_NOFOLLOW = 0x100
@@ -86,8 +86,8 @@ def new_filesystem(fstype: str, options: Mapping[str, str | None], attr_flags: i
 
 
 def _messages(context: int) -> str:
-    """What the file system said about a refusal: one message a read, "e " for an error before it, ENODATA at the end."""
-    told = []
+    """What the file system said of a refusal: one message a read, "e " before an error, ENODATA at the end."""
+    told: list[str] = []
     try:
         while len(told) < 16:
             told.append(os.read(context, 1024).decode(errors="replace").strip().removeprefix("e "))
@@ -100,7 +100,8 @@ def open_tree(path: str, *, clone: bool = True, recursive: bool = True, dirfd: i
     """Open the mount at `path`, as a detached copy (a bind mount without a place) unless `clone` is False.
 
     A `recursive` copy has the mounts below it too. The path "" means `dirfd` itself. Follows a symbolic link.
-    Returns: a close-on-exec descriptor. Raises: OSError EPERM without CAP_SYS_ADMIN over the mount namespace. open_tree(2).
+    Returns: a close-on-exec descriptor.
+    Raises: OSError EPERM without CAP_SYS_ADMIN over the mount namespace. See open_tree(2).
     """
     flags = os.O_CLOEXEC | (0 if path else AT_EMPTY_PATH)
     if clone:

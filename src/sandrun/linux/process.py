@@ -9,7 +9,7 @@ import signal
 from sandrun.linux import libc
 from sandrun.linux.libc import SYS, bind, syscall
 
-PR_SET_PDEATHSIG = 1            # <linux/prctl.h>
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PR_GET_DUMPABLE = 3
 PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
@@ -23,20 +23,20 @@ PR_GET_TID_ADDRESS = 40
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
-CLONE_NEWNS = 0x00020000        # <linux/sched.h>
+CLONE_NEWNS = 0x00020000  # <linux/sched.h>
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-CLONE_NEWTIME = 0x00000080      # clone3 and unshare only: in clone(2) these bits are the exit signal
+CLONE_NEWTIME = 0x00000080  # clone3 and unshare only: in clone(2) these bits are the exit signal
 CLONE_PIDFD = 0x00001000
 CLONE_CHILD_CLEARTID = 0x00200000
 CLONE_CHILD_SETTID = 0x01000000
 CLONE_INTO_CGROUP = 0x200000000
 
-NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")      # names in /proc/PID/ns
+NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")  # names in /proc/PID/ns
 
 _prctl = bind("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
 _unshare = bind("unshare", ctypes.c_int)
@@ -50,7 +50,7 @@ def set_no_new_privs() -> None:
 
     Raises: OSError EINVAL on a kernel before 3.5; the caller gives up, as a set-uid program could then gain privileges.
     """
-    _prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)     # EINVAL unless the three spare arguments are 0
+    _prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # EINVAL unless the three spare arguments are 0
 
 
 def get_no_new_privs() -> bool:
@@ -59,7 +59,7 @@ def get_no_new_privs() -> bool:
 
 
 def set_dumpable(dumpable: bool) -> None:
-    """Forbid or allow core dumps, ptrace(2) and the reading of /proc/PID/{mem,environ,fd,...} by others of the same uid.
+    """Forbid or allow core dumps, ptrace(2), and that others of the same uid read /proc/PID/{mem,environ,fd}.
 
     execve(2) makes a process dumpable again, a change of uid makes it undumpable.
     """
@@ -74,8 +74,8 @@ def get_dumpable() -> bool:
 def set_parent_death_signal(number: int) -> None:
     """Have the kernel send this process signal `number` when the thread that made it ends; 0 forgets it.
 
-    A change of uid or gid clears it, so it is set after the last one. A parent that died before this call is not noticed:
-    the caller looks for end-of-file on something that the parent holds.
+    A change of uid or gid clears it, so it is set after the last one. That the parent died before this call goes
+    unnoticed: the caller looks for end-of-file on something that the parent holds.
     """
     _prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
@@ -95,10 +95,10 @@ def _find_argument_area() -> tuple[int, int] | None:
     """Where this process's argv strings lie, start and end; None if there is no /proc to tell it."""
     try:
         with open("/proc/self/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()     # the name before may hold spaces and parentheses
+            fields = file.read().rpartition(b")")[2].split()  # the name before may hold spaces and parentheses
     except OSError:
         return None
-    start, end = int(fields[48 - 3]), int(fields[49 - 3])        # proc(5) counts from 1, and two fields came before
+    start, end = int(fields[48 - 3]), int(fields[49 - 3])  # proc(5) counts from 1, and two fields came before
     return (start, end) if 0 < start < end else None
 
 
@@ -151,8 +151,8 @@ def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
 
     Returns: (pid, pidfd) in the parent, (0, -1) in the child. The pidfd is close-on-exec.
     Only for a process with one thread: libc's own fork handlers (malloc's locks, pthread_atfork) do not run.
-    Raises: OSError ENOSYS before Linux 5.7; EACCES if the cgroup may not be entered, EAGAIN at a pids limit, EBUSY if the
-        cgroup has controllers enabled for its children, ENOENT if cgroup namespaces hide it.
+    Raises: OSError ENOSYS before Linux 5.3, E2BIG before 5.7; EACCES if the cgroup may not be entered, EAGAIN at
+        a pids limit, EBUSY if the cgroup has controllers enabled for its children, ENOENT if cgroup namespaces hide it.
     """
     # libc keeps the thread's number in its thread structure. fork(3) lets the kernel renew it in the child; where it is
     # stale, two threads of the child may be taken for one by a recursive mutex.
@@ -161,7 +161,7 @@ def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
         _prctl(PR_GET_TID_ADDRESS, ctypes.addressof(_tid_address), 0, 0, 0)
         flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID
         _clone_args.child_tid = _tid_address.value
-    except OSError:     # a kernel without CONFIG_CHECKPOINT_RESTORE
+    except OSError:  # a kernel without CONFIG_CHECKPOINT_RESTORE
         _clone_args.child_tid = 0
     if cgroup_fd is not None:
         flags |= CLONE_INTO_CGROUP
@@ -176,7 +176,7 @@ def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
         code = ctypes.get_errno()
         _after_fork_parent()
         raise OSError(code, f"clone3: {os.strerror(code)}")
-    descriptor = _pidfd.value       # before the handlers, which may themselves fork
+    descriptor = _pidfd.value  # before the handlers, which may themselves fork
     _after_fork_parent()
     return pid, descriptor
 
@@ -207,6 +207,6 @@ def pivot_root(new: str, old: str) -> None:
 
 
 def close_range(first: int, last: int) -> None:
-    """Close all descriptors from `first` to `last`, both included, in one call that no limit on descriptors cuts short."""
+    """Close all descriptors from `first` to `last`, both included, however many the limit says there can be."""
     if first <= last:
         syscall(SYS["close_range"], first, last, 0)

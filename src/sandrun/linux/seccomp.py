@@ -1,8 +1,8 @@
 """seccomp filters: compiled once with libseccomp, loaded as bytes without it.
 
-libseccomp knows the calls' numbers on each architecture, refuses foreign ones and builds a binary tree. What it can't say
-is "these values EPERM, all others allowed": its comparisons look at 64 bits, and the kernel at the low 32 of an int. So
-calls with argument rules are decided by a few instructions of our own in front of libseccomp's program.
+libseccomp knows the calls' numbers on each architecture, refuses foreign ones and builds a binary tree. What it can't
+say is "these values EPERM, all others allowed": its "not equal" looks at 64 bits, and the kernel at the low 32 of an
+int. So calls with argument rules are decided by a few instructions of our own in front of libseccomp's program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sandrun.linux.libc import MACHINE, SYS, syscall
 
-KILL_PROCESS = 0x80000000       # <linux/seccomp.h>; of two filters the lower one in this list has its way last
+KILL_PROCESS = 0x80000000  # <linux/seccomp.h>
 KILL_THREAD = 0x00000000
 TRAP = 0x00030000
 USER_NOTIF = 0x7FC00000
@@ -25,17 +25,17 @@ ALLOW = 0x7FFF0000
 
 MODE_DISABLED, MODE_STRICT, MODE_FILTER = 0, 1, 2
 
-_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[MACHINE]    # <linux/audit.h>
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[MACHINE]  # <linux/audit.h>
 _LOW_32 = 0xFFFFFFFF
 _SET_MODE_FILTER = 1
-_ATTR_ACT_BADARCH, _ATTR_CTL_NNP, _ATTR_CTL_OPTIMIZE = 2, 3, 8          # <seccomp.h>, enum scmp_filter_attr
-_INSTRUCTION = struct.Struct("=HBBI")                                   # struct sock_filter: code, jt, jf, k
+_ATTR_ACT_BADARCH, _ATTR_CTL_NNP, _ATTR_CTL_OPTIMIZE = 2, 3, 8  # <seccomp.h>, enum scmp_filter_attr
+_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
 _LOAD, _AND, _JUMP_EQUAL, _JUMP, _RETURN = 0x20, 0x54, 0x15, 0x05, 0x06
-_OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARGUMENTS = 0, 4, 16              # struct seccomp_data, little-endian
-_MOST_INSTRUCTIONS = 4096                                               # BPF_MAXINSNS
+_OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARGUMENTS = 0, 4, 16  # struct seccomp_data, little-endian
+_MOST_INSTRUCTIONS = 4096  # BPF_MAXINSNS
 
 
-def ERRNO(code: int) -> int:    # noqa: N802  the kernel's and libseccomp's own name
+def ERRNO(code: int) -> int:  # noqa: N802  the kernel's and libseccomp's own name
     """The action "refuse the call with this errno"."""
     return 0x00050000 | (code & 0xFFFF)
 
@@ -50,29 +50,29 @@ class Comparison(NamedTuple):
 
 
 class Arg(NamedTuple):
-    """Argument `index` (from 0) of a call; its methods make the conditions of a rule, all on the low 32 bits."""
+    """Argument `position` (from 0) of a call; its methods make the conditions of a rule, all on the low 32 bits."""
 
-    index: int
+    position: int
 
     def equals(self, value: int) -> Comparison:
         """The argument is `value`."""
-        return Comparison(self.index, _LOW_32, value & _LOW_32, True)
+        return Comparison(self.position, _LOW_32, value & _LOW_32, True)
 
     def differs(self, value: int) -> Comparison:
         """The argument is anything but `value`."""
-        return Comparison(self.index, _LOW_32, value & _LOW_32, False)
+        return Comparison(self.position, _LOW_32, value & _LOW_32, False)
 
     def masked(self, mask: int, value: int) -> Comparison:
         """The argument's bits under `mask` are `value`."""
-        return Comparison(self.index, mask & _LOW_32, value & mask & _LOW_32, True)
+        return Comparison(self.position, mask & _LOW_32, value & mask & _LOW_32, True)
 
     def without(self, bits: int) -> Comparison:
         """The argument has none of `bits`."""
-        return Comparison(self.index, bits & _LOW_32, 0, True)
+        return Comparison(self.position, bits & _LOW_32, 0, True)
 
     def with_any(self, bits: int) -> Comparison:
         """The argument has at least one of `bits`."""
-        return Comparison(self.index, bits & _LOW_32, 0, False)
+        return Comparison(self.position, bits & _LOW_32, 0, False)
 
 
 arg = Arg
@@ -120,7 +120,7 @@ def library_version() -> str:
 def resolve(name: str) -> int | None:
     """The number of the call `name` here; None if this architecture has none, or libseccomp is older than the call."""
     number: int = _library().resolve_name(name.encode())
-    return number if number >= 0 else None      # -1: unknown; below: a name that other architectures have
+    return number if number >= 0 else None  # -1: unknown; below: a name that other architectures have
 
 
 def _checked(what: str, result: int) -> None:
@@ -129,13 +129,13 @@ def _checked(what: str, result: int) -> None:
 
 
 class Filter:
-    """Collects rules and compiles them. Calls of another architecture (i386, x32) are killed, whatever the rules say."""
+    """Collects rules and compiles them. Calls of another architecture (i386, x32) are killed whatever the rules."""
 
     def __init__(self, default: int) -> None:
         """`default` is the action for calls without a rule, and for those none of whose conditions hold."""
         self.default = default
-        self._plain: dict[int, int] = {}                                            # number -> action
-        self._decided: dict[int, list[tuple[int, tuple[Comparison, ...]]]] = {}     # number -> rules in order
+        self._plain: dict[int, int] = {}  # number -> action
+        self._decided: dict[int, list[tuple[int, tuple[Comparison, ...]]]] = {}  # number -> rules in order
 
     def add(self, action: int, name: str | int, *comparisons: Comparison) -> bool:
         """Add a rule for the call `name` (or number): `action`, if all `comparisons` hold.
@@ -178,7 +178,7 @@ class Filter:
             if library.version >= (2, 5, 0):
                 _checked("seccomp_attr_set: OPTIMIZE", library.attr_set(context, _ATTR_CTL_OPTIMIZE, 2))
             for number, action in self._plain.items():
-                if action != self.default and number not in self._decided:      # EACCES: the default needs no rule
+                if action != self.default and number not in self._decided:  # EACCES: the default needs no rule
                     _checked(f"seccomp_rule_add: {number}", library.rule_add(context, action, number, 0, None))
             descriptor = os.memfd_create("seccomp", os.MFD_CLOEXEC)
             try:
@@ -199,7 +199,7 @@ class Filter:
         body: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, _OFFSET_NUMBER)]
         for number, rules in self._decided.items():
             block = list(self._decide(rules, self._plain.get(number, self.default)))
-            body += [(_JUMP_EQUAL, 1, 0, number), (_JUMP, 0, 0, len(block)), *block]    # jt and jf have but 8 bits
+            body += [(_JUMP_EQUAL, 1, 0, number), (_JUMP, 0, 0, len(block)), *block]  # jt and jf have but 8 bits
         return [
             (_LOAD, 0, 0, _OFFSET_ARCH),
             (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH),
@@ -208,14 +208,12 @@ class Filter:
         ]
 
     @staticmethod
-    def _decide(
-        rules: list[tuple[int, tuple[Comparison, ...]]], otherwise: int
-    ) -> Iterator[tuple[int, int, int, int]]:
+    def _decide(rules: list[tuple[int, tuple[Comparison, ...]]], otherwise: int) -> Iterator[tuple[int, int, int, int]]:
         """The instructions for one call; all paths end in a return."""
         for action, comparisons in rules:
             code: list[tuple[int, int, int, int]] = []
-            for argument, mask, value, equal in reversed(comparisons):      # from the end: distances are known
-                past = len(code) + 1                                        # to the next rule, over the return
+            for argument, mask, value, equal in reversed(comparisons):  # from the end: distances are known
+                past = len(code) + 1  # to the next rule, over the return
                 test = (_JUMP_EQUAL, 0, past, value) if equal else (_JUMP_EQUAL, past, 0, value)
                 bits = [] if mask == _LOW_32 else [(_AND, 0, 0, mask)]
                 code[:0] = [(_LOAD, 0, 0, _OFFSET_ARGUMENTS + 8 * argument), *bits, test]
