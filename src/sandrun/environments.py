@@ -1,0 +1,289 @@
+"""Named sets of Python packages: the operator builds them, jobs read them.
+
+An environment is a virtual environment in `<state_dir>/environments/<name>`, described in its `environment.json`; in a
+job it is `/environments/<name>`, read-only. `environment_builder` makes it; a server only lists. Nothing in an
+environment is ever run outside a sandbox once it is built.
+
+Standard library only: the spawner lists environments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sandrun.errors import ConfigError, Conflict, InvalidInput, NotFound
+from sandrun.model import show
+
+MOUNT = "/environments"
+"""Where a job finds them."""
+DESCRIPTION = "environment.json"
+DESCRIPTION_BYTES = 4 << 20
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+_UNFINISHED = ".tmp-"
+_PYTHON = re.compile(r"python3\.(\d+)\Z")
+_NESTED = re.compile(r"^\s*(-r|-c|--requirement|--constraint)\b.*", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What is told about an environment, in its description and to clients.
+
+    Attributes:
+        packages: name to version, as `importlib.metadata` gives them inside.
+        digest: see `digest`; equal digests mean equal files.
+        python: version of the interpreter that it was built for and is bound to.
+        created: UTC, ISO 8601.
+        path: the directory on the host; no client is told.
+    """
+
+    name: str
+    packages: Mapping[str, str]
+    digest: str
+    python: str
+    created: str
+    path: str
+
+
+def build(
+    name: str,
+    packages: Sequence[str] = (),
+    *,
+    state_dir: str,
+    requirements: str | None = None,
+    require_hashes: bool = False,
+    python: str | None = None,
+    log: int = 2,
+) -> Environment:
+    """Build an environment and put it in its place by one rename.
+
+    pip works as it is set up on this host: its configuration files, `PIP_*`, proxies and certificates count, those of
+    the calling user included.
+
+    Args:
+        packages: requirements as pip takes them: `numpy`, `pandas==2.2.3`, `/srv/wheels/own-1.0-py3-none-any.whl`.
+        requirements: path of a requirements file; it may not name others.
+        require_hashes: refuse every package that the file gives no hash for.
+        python: the interpreter that jobs use; `find_python` if not given.
+        log: descriptor that pip's progress goes to.
+    Raises: InvalidInput for an argument, Conflict if the name is taken, ConfigError for an unsafe place, BuildError.
+    """
+    from sandrun import environment_builder as builder
+
+    _check_name(name)
+    order = builder.Order(
+        python=python or find_python(),
+        packages=tuple(packages),
+        requirements=_check_requirements(packages, requirements, require_hashes),
+        require_hashes=require_hashes,
+        mounted=os.path.join(MOUNT, name),
+        log=log,
+    )
+    base = _own_directory(state_dir)
+    place = os.path.join(base, name)
+    with _locked(base):
+        if os.path.lexists(place):
+            raise Conflict(f"environment {name} exists; remove it first: sandrun environment remove {name}")
+        _clear_leftovers(base)
+        builder.clear_leftovers()
+        unfinished = f"{place}{_UNFINISHED}{os.getpid()}"
+        try:
+            built = builder.fill(order, unfinished)
+            value = {
+                "name": name,
+                "packages": built.packages,
+                "digest": digest(unfinished),
+                "python": built.python,
+                "created": _now(),
+            }
+            with open(os.path.join(unfinished, DESCRIPTION), "x", encoding="utf-8") as stream:
+                json.dump(value, stream, indent=1)
+                os.fchmod(stream.fileno(), 0o644)
+            os.sync()  # a power cut must not leave the name without the files
+            os.rename(unfinished, place)
+        except BaseException:
+            _remove_tree(unfinished)
+            raise
+    return _read(base, name)
+
+
+def list_(state_dir: str) -> list[Environment]:
+    """All environments, by name.
+
+    Raises: ConfigError for one that others than root and this user could have changed, or without a description.
+    """
+    base = os.path.join(state_dir, "environments")
+    try:
+        names = sorted(os.listdir(base))
+    except FileNotFoundError:
+        return []
+    _check_owner(base)
+    return [_read(base, name) for name in names if _NAME.match(name) and _UNFINISHED not in name]
+
+
+def remove(name: str, state_dir: str) -> None:
+    """Remove an environment. A server that is running has it mounted: its jobs that need it fail from now on.
+
+    Raises: NotFound.
+    """
+    _check_name(name)
+    base = os.path.join(state_dir, "environments")
+    place = os.path.join(base, name)
+    if not os.path.isdir(place):
+        raise NotFound(f"there is no environment {name} in {base}")
+    with _locked(base):
+        gone = f"{place}{_UNFINISHED}{os.getpid()}"
+        os.rename(place, gone)  # nobody finds half of one
+        _remove_tree(gone)
+
+
+def digest(directory: str) -> str:
+    """SHA-256, in hex, over all files and links below `directory` but `environment.json`.
+
+    Of each, sorted by path as bytes: `<mode, octal> <SHA-256 of the content, or of a link's target> <path>\\0`.
+    """
+    import hashlib
+
+    from sandrun.environment_builder import walk
+
+    total = hashlib.sha256()
+    top = os.fsencode(directory)
+    for path, kind in sorted(walk(top)):
+        content = hashlib.sha256()
+        mode = stat.S_IFLNK
+        if kind == stat.S_IFLNK:
+            content.update(os.readlink(os.path.join(top, path)))
+        elif kind == stat.S_IFREG and path != os.fsencode(DESCRIPTION):
+            with open(os.path.join(top, path), "rb", buffering=0) as stream:
+                mode = os.fstat(stream.fileno()).st_mode
+                while block := stream.read(1 << 20):
+                    content.update(block)
+        else:
+            continue
+        total.update(b"%06o %s %s\0" % (mode, content.hexdigest().encode(), path))
+    return total.hexdigest()
+
+
+def find_python() -> str:
+    """`/usr/bin/python3`, or the newest `/usr/bin/python3.N`, of 3.11 or later; never PATH's, which jobs may not reach.
+
+    Raises: ConfigError.
+    """
+    usual = _PYTHON.match(os.path.basename(os.path.realpath("/usr/bin/python3")))
+    if usual and int(usual[1]) >= 11:
+        return "/usr/bin/python3"
+    newest = max((int(found[1]) for name in os.listdir("/usr/bin") if (found := _PYTHON.match(name))), default=0)
+    if newest < 11:
+        raise ConfigError("there is no Python 3.11 or later in /usr/bin; install the package python3 or python3.11")
+    return f"/usr/bin/python3.{newest}"
+
+
+# ---- arguments and directories -----------------------------------------------------------------------------
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.match(name) or _UNFINISHED in name:
+        accepted = "1 to 64 of A-Z a-z 0-9 _ . - that begin with a letter or digit"
+        raise InvalidInput("name", f"{show(name)} is not accepted; accepted: {accepted}")
+
+
+def _check_requirements(packages: Sequence[str], requirements: str | None, require_hashes: bool) -> str | None:
+    """The text of the requirements file, if one is named."""
+    for package in packages:
+        if not package or package.startswith("-") or not package.isprintable():
+            raise InvalidInput("packages", f"{show(package)} is not a package; options stand in pip's configuration")
+    if requirements is None:
+        if require_hashes:
+            raise InvalidInput("require_hashes", "needs a requirements file, where a hash stands beside each package")
+        if not packages:
+            raise InvalidInput("packages", "name at least one, or a requirements file")
+        return None
+    try:
+        with open(requirements, encoding="utf-8") as stream:
+            text = stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput("requirements", f"{show(requirements, 200)} cannot be read: {error}") from None
+    if nested := _NESTED.search(text):
+        raise InvalidInput("requirements", f"{show(nested[0].strip())}: a file that names another is not accepted")
+    return text
+
+
+def _own_directory(state_dir: str) -> str:
+    """`<state_dir>/environments`, made if it is missing, where nobody else can change anything."""
+    base = os.path.join(os.path.abspath(state_dir), "environments")
+    for directory in (os.path.dirname(base), base):
+        if not os.path.lexists(directory):
+            os.makedirs(directory)
+            os.chmod(directory, 0o755)
+        _check_owner(directory)
+    return base
+
+
+def _check_owner(path: str) -> None:
+    """Raises: ConfigError if another user could change what is there."""
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{path} is not a directory")
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{path} (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}) could be changed by others; "
+            f"fix: chown {os.geteuid()} {path} && chmod 755 {path}"
+        )
+
+
+def _read(base: str, name: str) -> Environment:
+    path = os.path.join(base, name)
+    _check_owner(path)
+    try:
+        with open(os.path.join(path, DESCRIPTION), "rb") as stream:
+            value: dict[str, Any] = json.loads(stream.read(DESCRIPTION_BYTES))
+        return Environment(
+            name=name,
+            packages=dict(value["packages"]),
+            digest=str(value["digest"]),
+            python=str(value["python"]),
+            created=str(value["created"]),
+            path=path,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = f"remove it and build it again: sandrun environment remove {name}"
+        raise ConfigError(f"{path}: {DESCRIPTION} cannot be read ({type(error).__name__}: {error}); {fix}") from None
+
+
+@contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    """One builder or remover at a time; others wait."""
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear_leftovers(base: str) -> None:
+    """Remove what a builder or remover that was killed left in `base`, whose lock we hold."""
+    for name in os.listdir(base):
+        if _UNFINISHED in name:
+            _remove_tree(os.path.join(base, name))
+
+
+def _remove_tree(path: str) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)  # goes by descriptors, so a link in it leads nowhere
+
+
+def _now() -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec="seconds")
