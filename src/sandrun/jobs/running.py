@@ -1,0 +1,120 @@
+"""A job between its start and its verdict: its pipes are read, its outputs taken apart, its end awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from sandrun.errors import ProtocolError
+from sandrun.jobs.job import Job, StoredOutput
+from sandrun.jobs.outputs import OutputsParser
+from sandrun.jobs.pipes import PipeReader
+from sandrun.model import Outcome
+from sandrun.spawner.client import Ended, Sandbox
+
+END_OF_FILE_SECONDS = 2.0
+"""How long pipes may stay open after the report that all their writers are dead; then they are closed from here."""
+OVERDUE_SECONDS = 60.0
+"""How long beyond a job's wall limit its report may take, set-up and collecting included. Then it counts as lost."""
+
+log = logging.getLogger("sandrun.jobs")
+
+
+class Running:
+    """Owns the read ends of one sandbox's pipes. `finished` is called once, when nothing more can come."""
+
+    def __init__(self, job: Job, sandbox: Sandbox, finished: Callable[[Job, Ended], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        self._job = job
+        self._sandbox = sandbox
+        self._finished = finished
+        self._ended: Ended | None = None
+        self._collected = Collected(job)
+        self._readers = (
+            PipeReader(loop, sandbox.stdout, job.stdout.append, self._at_end),
+            PipeReader(loop, sandbox.stderr, job.stderr.append, self._at_end),
+            PipeReader(loop, sandbox.outputs, self._collected.take, self._at_end),
+        )
+        self._timer = loop.call_later(job.manifest.timeout + OVERDUE_SECONDS, self._overdue)
+        sandbox.started.add_done_callback(self._on_started)
+        sandbox.ended.add_done_callback(self._on_ended)
+
+    def cancel(self) -> None:
+        self._sandbox.cancel()
+
+    def _on_started(self, started: asyncio.Future[float]) -> None:
+        if not started.cancelled():
+            self._job.started = started.result()
+            self._job.unpacked()
+
+    def _on_ended(self, ended: asyncio.Future[Ended]) -> None:
+        """All writers are dead: the pipes hold what is left, and then their end."""
+        if self._ended is None:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(END_OF_FILE_SECONDS, self._close_all)
+            self._ended = ended.result()
+            for reader in self._readers:
+                reader.drain()
+            self._at_end()
+
+    def _at_end(self) -> None:
+        """One pipe has ended, or the job has: was it the last thing to wait for?"""
+        if self._ended is not None and all(reader.closed for reader in self._readers):
+            self._timer.cancel()
+            ended, finished = self._ended, self._finished
+            self._finished = _nothing
+            self._collected.end(ended)
+            finished(self._job, ended)
+
+    def _overdue(self) -> None:
+        log.error("job %s: no report %g s after its time limit; given up", self._job.tag, OVERDUE_SECONDS)
+        self._sandbox.cancel()
+        self._ended = Ended(outcome=Outcome.WORKER_LOST)
+        self._close_all()
+
+    def _close_all(self) -> None:
+        """Something still holds a write end, which must not hold up the job's end."""
+        log.warning("job %s: its pipes did not end with it", self._job.tag)
+        for reader in self._readers:
+            reader.close()
+
+
+class Collected:
+    """Takes the stream of output files apart into the job's outputs, as long as the store has room for them."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._parser: OutputsParser | None = OutputsParser()
+
+    def take(self, piece: bytes) -> None:
+        parser = self._parser
+        if parser is None:
+            return
+        if not self._job.account.grant(len(piece)):  # an erased job's account is closed and grants nothing
+            self._stop(storage_full=True)
+            return
+        try:
+            for file, data in parser.feed(piece):
+                self._job.outputs[file.path] = StoredOutput(file.path, data, file.sha256)
+        except ProtocolError as error:  # whoever broke out of the collector's code; what came whole is kept
+            log.warning("job %s: outputs: %s", self._job.tag, error)
+            self._stop(storage_full=False)
+
+    def end(self, ended: Ended) -> None:
+        """No more will come. A file that is not whole is left out."""
+        if self._parser is not None:
+            self._job.outputs_omitted = self._parser.omitted
+            if not self._parser.ended and self._parser.total:
+                self._job.outputs_omitted += 1
+            self._parser = None
+
+    def _stop(self, *, storage_full: bool) -> None:
+        self._parser = None
+        self._job.outputs_omitted += 1
+        self._job.storage_full = storage_full
+
+
+def _nothing(job: Job, ended: Ended) -> None:
+    pass
