@@ -117,9 +117,18 @@ def copy_venv(target: Path) -> None:
 # ---- running -------------------------------------------------------------------------------------------------
 
 
-def run(command: list[str], seconds: float, *, cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
-    """Run to the end, or stop it: first as Ctrl-C would, so that fixtures tear down."""
-    process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, process_group=0)
+def run(
+    command: list[str],
+    seconds: float,
+    *,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    output: int | None = None,
+) -> int:
+    """Run to the end, or stop it: first as Ctrl-C would, so that fixtures tear down. 124 is a run that was stopped."""
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
+    )
     interrupted: KeyboardInterrupt | None = None
     try:
         return process.wait(max(1.0, seconds))
