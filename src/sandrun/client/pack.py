@@ -11,7 +11,7 @@ import io
 import os
 import stat
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from sandrun.errors import InvalidInput
 from sandrun.model import ARCHIVE_BYTES, ARCHIVE_MEMBERS, check_path, show
@@ -45,12 +45,12 @@ def pack_directory(directory: str | os.PathLike[str]) -> bytes:
     return archive.close()
 
 
-def pack_files(files: Mapping[str, bytes | str]) -> bytes:
+def pack_files(files: Mapping[str, bytes | str], *, executable: Collection[str] = ()) -> bytes:
     """Pack files that exist in memory only. Raises: InvalidInput for a path that no server would take."""
     archive = _Archive()
     for path in sorted(files):
         content = files[path]
-        archive.add_file(path, content.encode() if isinstance(content, str) else content, executable=False)
+        archive.add_file(path, content.encode() if isinstance(content, str) else content, executable=path in executable)
     return archive.close()
 
 

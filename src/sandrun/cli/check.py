@@ -1,0 +1,43 @@
+"""Can this host build every wall? Looks, builds a throw-away sandbox, and prints what fixes each thing that is missing.
+
+Exit code: 0 if a server would start, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from sandrun.cli.settings import add_flags, load_config
+from sandrun.cli.terminal import one_line, print_json
+
+EXAMPLES = """examples:
+  sudo sandrun check
+  sandrun check --allow-missing cgroup
+  sandrun check --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="a list of findings")
+    add_flags(parser, "isolation")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args)
+    from sandrun.sandbox.hostcheck import check
+
+    findings = check(config)
+    good = all(finding.ok for finding in findings)
+    if args.json:
+        print_json(
+            {
+                "ok": good,
+                "findings": [{"name": f.name, "ok": f.ok, "details": f.details, "fix": f.fix} for f in findings],
+            }
+        )
+        return 0 if good else 1
+    width = max((len(finding.name) for finding in findings), default=0)
+    for finding in findings:
+        print(f"{'ok' if finding.ok else 'MISSING':8}{finding.name:{width}}  {one_line(finding.details)}")
+        if finding.fix and not finding.ok:
+            print(f"{'':8}{'':{width}}  fix: {one_line(finding.fix)}")
+    return 0 if good else 1

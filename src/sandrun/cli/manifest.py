@@ -1,0 +1,109 @@
+"""The fields of a manifest as flags, for `submit` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from sandrun.errors import InvalidInput
+from sandrun.model import MANIFEST_BYTES, parse_json, show
+
+
+def add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    group = parser.add_argument_group("the job", "These go over the manifest, if there is one.")
+    add = group.add_argument
+    return [
+        add("--manifest", metavar="FILE", help="JSON file with the fields; else job.json in the directory"),
+        add("--entrypoint", metavar="PATH", help="file in the directory that is run"),
+        add("--interpreter", metavar="NAME", help="default: by the entrypoint's extension"),
+        add("--env", metavar="NAME=VALUE", action="append", help="a variable; may be repeated"),
+        add("--stdin", metavar="FILE", help="text for the job's standard input; - is ours"),
+        add(
+            "--output", metavar="GLOB", action="append", help="outputs to keep; may be repeated; default: all new files"
+        ),
+        add("--timeout", metavar="SECONDS", type=_number, help="wall clock"),
+        add("--memory-mb", metavar="MIB", type=_integer, help="memory, its files included"),
+        add("--cpu-seconds", metavar="SECONDS", type=_number, help="CPU time"),
+        add("--processes", metavar="N", type=_integer, help="processes and threads at once"),
+        add("--environment", metavar="NAME", help="a set of packages: sandrun environment"),
+        add("--fresh-interpreter", action="store_true", help="a new interpreter with its own address layout"),
+    ]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{show(text)} is no number") from None
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{show(text)} is no integer") from None
+
+
+def fields(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+    """The fields that flags and arguments give, in the manifest's own form."""
+    found: dict[str, Any] = {
+        "entrypoint": args.entrypoint,
+        "interpreter": args.interpreter,
+        "args": words or None,
+        "env": _variables(args.env),
+        "stdin": None if args.stdin is None else _text(args.stdin),
+        "outputs": args.output,
+        "timeout": args.timeout,
+        "memory_mb": args.memory_mb,
+        "cpu_seconds": args.cpu_seconds,
+        "processes": args.processes,
+        "environment": args.environment,
+        "fresh_interpreter": args.fresh_interpreter or None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """A manifest as a person keeps it. Raises: InvalidInput, OSError."""
+    with open(path, "rb") as stream:
+        text = stream.read(MANIFEST_BYTES + 1)
+    if len(text) > MANIFEST_BYTES:
+        raise InvalidInput(show(path, 200), f"is larger than {MANIFEST_BYTES} bytes")
+    value = parse_json(text, what=show(path, 200))
+    if not isinstance(value, dict):
+        raise InvalidInput(show(path, 200), "must be a JSON object")
+    return value
+
+
+def encode(manifest: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(manifest, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:  # NaN, and lone surrogates of an argument that is not UTF-8
+        raise InvalidInput("manifest", f"cannot be written as JSON: {error}") from None
+
+
+def _variables(given: list[str] | None) -> dict[str, str] | None:
+    if given is None:
+        return None
+    variables = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidInput("--env", f"{show(text)} is not NAME=VALUE")
+        variables[name] = value
+    return variables
+
+
+def _text(path: str) -> str:
+    data = sys.stdin.buffer.read() if path == "-" else _read(path)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput("--stdin", f"{show(path, 200)} is not UTF-8 (byte {error.start})") from None
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read()
