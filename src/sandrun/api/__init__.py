@@ -1,0 +1,1 @@
+"""HTTP and nothing else: parsing, bounds, routes, streams. Knows jobs, never the spawner's inside."""

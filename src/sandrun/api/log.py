@@ -1,0 +1,85 @@
+"""Structured logs: one JSON object a line on stderr, without anything that a client or a job wrote.
+
+An event carries a job's tag at most, never its id (who knows an id owns the job), and of an exception its type and
+where it was raised, never its text, which may quote a client. Security events carry the address, for fail2ban.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import IO, Any
+
+import structlog
+
+
+def set_up(stream: IO[str] | None = None) -> None:
+    """Send structlog's events and what libraries log through `logging` to `stream`, as JSON lines."""
+    stream = sys.stderr if stream is None else stream
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    root.handlers = [_Libraries()]
+    root.setLevel(logging.WARNING)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "asyncio"):
+        library = logging.getLogger(name)
+        library.handlers, library.propagate = [], True
+        library.setLevel(logging.WARNING)  # below it uvicorn writes paths, and paths hold job ids
+
+
+class _Libraries(logging.Handler):
+    """Passes on what a library logs, without the arguments: they may quote a request."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event: dict[str, Any] = {"logger": record.name, "message": str(record.msg)[:200]}
+        if record.exc_info and record.exc_info[1] is not None:
+            event |= describe(record.exc_info[1])
+        elif record.name == "asyncio":  # its messages are built from the repr of tasks and exceptions
+            event["message"] = str(record.msg).partition("\n")[0][:80]
+        structlog.get_logger().warning("library", **event)
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """An exception as log fields: its type and the places it passed, innermost last."""
+    return {"exception": type(error).__name__, "trace": places(error.__traceback__)}
+
+
+def places(traceback: TracebackType | None, most: int = 12) -> list[str]:
+    """`module:line function` of the innermost frames of a traceback."""
+    found: list[str] = []
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        module = traceback.tb_frame.f_globals.get("__name__", "?")
+        found.append(f"{module}:{traceback.tb_lineno} {code.co_name}")
+        traceback = traceback.tb_next
+    return found[-most:]
+
+
+class Security:
+    """Events that an operator may act on, a bounded number a second: who floods us shall not fill a disk as well."""
+
+    def __init__(self, per_second: int = 20) -> None:
+        self.per_second = per_second
+        self._second = 0
+        self._count = 0
+
+    def __call__(self, event: str, address: str, **fields: Any) -> None:
+        second = int(time.monotonic())
+        if second != self._second:
+            dropped = self._count - self.per_second
+            self._second, self._count = second, 0
+            if dropped > 0:
+                structlog.get_logger().warning("security_events_dropped", count=dropped)
+        self._count += 1
+        if self._count <= self.per_second:
+            structlog.get_logger().warning(event, address=address, **fields)
