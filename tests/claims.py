@@ -1,7 +1,7 @@
 """Holds docs/threat-model.md against the tree and against the last run of all tiers.
 
 Its tables have the columns claim | enforced by | test. A claim carries the requirements it answers for, written R7 or
-R20, R21; the other two columns name `path/file.py:name` in backticks, as often as needed, with words around them or not.
+R20, R21; the other two columns name `path/file.py:name` in backticks, as often as needed, among words or alone.
 """
 
 from __future__ import annotations
