@@ -33,8 +33,7 @@ def run(args: argparse.Namespace) -> int:
     shown = [
         (row.name, one_line(display(row, value)), row.unit, one_line(origin)) for row, value, origin in config.rows()
     ]
-    widths = [max(len(line[i]) for line in shown) for i in range(3)]
-    widths[1] = min(widths[1], 40)
+    widths = [min(40, max(len(line[i]) for line in shown)) for i in range(3)]
     for name, value, unit, origin in shown:
         print(f"{name:{widths[0]}}  {value:{widths[1]}}  {unit:{widths[2]}}  {origin}")
     if not args.config:

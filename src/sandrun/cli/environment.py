@@ -57,9 +57,8 @@ def _build(args: argparse.Namespace, config: Config) -> int:
     if args.json:
         print_json(_fields(built))
     else:
-        print(
-            f"{one_line(built.name)}: {len(built.packages)} packages, digest {built.digest[:16]}, {one_line(built.path)}"
-        )
+        count = len(built.packages)
+        print(f"{one_line(built.name)}: {count} packages, digest {built.digest[:16]}, {one_line(built.path)}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """What a job wrote: its stdout on ours, its stderr on ours.
 
-Into a file or a pipe go the exact bytes. On a terminal control characters are shown as text, so that no job can steer it.
+Into a file or a pipe go the exact bytes. On a terminal control characters are shown as text, so no job can steer it.
 """
 
 from __future__ import annotations

@@ -47,13 +47,12 @@ EXAMPLES = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """As argparse's, but with the exit code for wrong usage that the command wants."""
+    """As argparse's, but wrong usage is one sentence, and the exit code is the command's choice."""
 
     usage_code = 2
 
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        complain(one_line(message))
+        complain(f"{one_line(message)} (see {self.prog} --help)")
         sys.exit(self.usage_code)
 
 
@@ -109,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     commands = "\n".join(f"  {name:{width}}{what}" for name, what in COMMANDS.items())
-    return f"usage: sandrun COMMAND …\n\nRuns untrusted code behind every wall that Linux offers.\n\n{commands}\n\n{EXAMPLES}"
+    return (
+        "usage: sandrun COMMAND …\n\nRuns untrusted code behind every wall that Linux offers.\n\n"
+        f"{commands}\n\n{EXAMPLES}"
+    )
 
 
 def complain(text: str) -> None:

@@ -55,12 +55,10 @@ def lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         with_what += f", environment {measured['environment']}"
     if with_what:
         found.append(("ran with", with_what))
-    for key in ("submitted_at", "started_at", "ended_at"):
-        if measured.get(key):
-            found.append((key.removesuffix("_at"), str(measured[key])))
-    for stream, count in result["truncated"].items():
-        if count:
-            found.append((stream, f"{count} bytes were not kept"))
+    times = ("submitted_at", "started_at", "ended_at")
+    found.extend((key.removesuffix("_at"), str(measured[key])) for key in times if measured.get(key))
+    dropped = result["truncated"].items()
+    found.extend((stream, f"{count} bytes were not kept") for stream, count in dropped if count)
     found.extend(("output", f"{file['path']} ({verdict.size(file['size'])})") for file in result["output_files"])
     if result["isolation"]:
         found.append(("isolation", isolation_line(result["isolation"])))

@@ -1,7 +1,7 @@
 """What jobs wrote, onto a terminal that they must not control (requirement 33).
 
-A terminal takes escape sequences as commands: retitle, overwrite what stands above, answer as if typed. So on a terminal
-every control character but newline and tab is shown as text; into a file or a pipe the exact bytes go.
+A terminal takes escape sequences as commands: retitle, overwrite what stands above, answer as if typed. So on a
+terminal every control character but newline and tab is shown as text; into a file or a pipe the exact bytes go.
 """
 
 from __future__ import annotations

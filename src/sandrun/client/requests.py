@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,7 +215,7 @@ def raise_problem(status: int, body: bytes) -> None:
 
 def unreachable(url: str, error: BaseException) -> ServerError:
     """The server did not answer at all: status 0."""
-    reason = str(error) or type(error).__name__
+    reason = re.sub(r"\A\[Errno \d+\] ", "", str(error)) or type(error).__name__
     return ServerError(0, {"error": "unreachable", "details": f"{url} does not answer: {reason}"})
 
 
