@@ -1,4 +1,4 @@
-"""Sealed memory files: how files and input reach a sandbox without a disk, and without either side changing them later."""
+"""Sealed memory files: how files and input reach a sandbox without a disk, and unchanged ever after."""
 
 from __future__ import annotations
 

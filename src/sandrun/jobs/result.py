@@ -1,6 +1,6 @@
-"""The result object: the same from `/run`, `/status`, the SDK and `--json` (docs/api.md). Plain data, msgspec encodes it.
+"""The result object: the same from `/run`, `/status`, the SDK and `--json` (docs/api.md).
 
-What is not known yet, or cannot be measured on this host, is None.
+Plain data, which msgspec encodes. What is not known yet, or cannot be measured on this host, is None.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ExecutionMetadata:
         submitted_at, started_at, ended_at: UTC, RFC 3339 with milliseconds and `Z`.
         queue_seconds: from admission until its sandbox was asked for.
         wall_seconds, cpu_seconds, memory_peak_bytes, processes_peak: as the kernel measured them.
-        charged_seconds, throttled_seconds: CPU taken from the client's budget, time frozen for it; None without budgets.
+        charged_seconds, throttled_seconds: CPU taken from the client's budget, time frozen for it; None without one.
         environment: name of the package set; None is the bare interpreter.
     """
 

@@ -51,34 +51,40 @@ class Running:
 
     def _on_ended(self, ended: asyncio.Future[Ended]) -> None:
         """All writers are dead: the pipes hold what is left, and then their end."""
-        if self._ended is None:
-            self._timer.cancel()
-            self._timer = self._loop.call_later(END_OF_FILE_SECONDS, self._close_all)
-            self._ended = ended.result()
-            for reader in self._readers:
-                reader.drain()
-            self._at_end()
+        if self._ended is not None:  # given up before
+            return
+        self._timer.cancel()
+        for reader in self._readers:
+            reader.drain()
+        self._ended = ended.result()
+        if all(reader.closed for reader in self._readers):
+            self._finish()
+        else:
+            self._timer = self._loop.call_later(END_OF_FILE_SECONDS, self._give_up, self._ended)
 
     def _at_end(self) -> None:
-        """One pipe has ended, or the job has: was it the last thing to wait for?"""
+        """A pipe has ended: was it the last thing to wait for?"""
         if self._ended is not None and all(reader.closed for reader in self._readers):
             self._timer.cancel()
-            ended, finished = self._ended, self._finished
-            self._finished = _nothing
-            self._collected.end(ended)
-            finished(self._job, ended)
+            self._finish()
+
+    def _finish(self) -> None:
+        assert self._ended is not None
+        self._collected.end()
+        self._finished(self._job, self._ended)
 
     def _overdue(self) -> None:
-        log.error("job %s: no report %g s after its time limit; given up", self._job.tag, OVERDUE_SECONDS)
         self._sandbox.cancel()
-        self._ended = Ended(outcome=Outcome.WORKER_LOST)
-        self._close_all()
+        self._give_up(Ended(outcome=Outcome.WORKER_LOST))
 
-    def _close_all(self) -> None:
-        """Something still holds a write end, which must not hold up the job's end."""
-        log.warning("job %s: its pipes did not end with it", self._job.tag)
+    def _give_up(self, ended: Ended) -> None:
+        """The spawner never reported, or something still holds a write end: it must not hold up the job's end."""
+        log.error("job %s: its report or the end of its pipes is overdue; not waited for any longer", self._job.tag)
+        self._ended = None
         for reader in self._readers:
             reader.close()
+        self._ended = ended
+        self._finish()
 
 
 class Collected:
@@ -102,7 +108,7 @@ class Collected:
             log.warning("job %s: outputs: %s", self._job.tag, error)
             self._stop(storage_full=False)
 
-    def end(self, ended: Ended) -> None:
+    def end(self) -> None:
         """No more will come. A file that is not whole is left out."""
         if self._parser is not None:
             self._job.outputs_omitted = self._parser.omitted
@@ -114,7 +120,3 @@ class Collected:
         self._parser = None
         self._job.outputs_omitted += 1
         self._job.storage_full = storage_full
-
-
-def _nothing(job: Job, ended: Ended) -> None:
-    pass

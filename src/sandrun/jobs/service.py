@@ -207,7 +207,7 @@ class JobService:
             job.erase()
 
     def dismiss(self, job: Job) -> None:
-        """A `/run` is answered, or its connection is closed: stop it if it still runs, erase it unless it is to be kept."""
+        """A `/run` is answered, or its connection closed: stop it if it still runs, erase it unless it is kept."""
         if job.keep:
             self._stop(job)
         else:
@@ -342,6 +342,7 @@ class JobService:
             log.error("job %s: start: %s", job.tag, error)
             failed = {"step": "start", "errno": getattr(error, "errno", None) or 0, "details": str(error)}
             self._conclude(job, Ended(outcome=Outcome.SETUP_FAILED, failed=failed))
+            self._loop.call_soon(self._next_after, job)
             return True
         given.close()  # the sandbox has its own
         job.left_queue = time.monotonic()
@@ -491,7 +492,7 @@ def describe(job: Job, position: int | None, *, logs: bool) -> JobResult:
             submitted_at=_utc(job, job.submitted),
             started_at=_utc(job, job.started) if job.started is not None else None,
             ended_at=_utc(job, job.ended) if job.ended is not None else None,
-            queue_seconds=job.left_queue - job.submitted if job.left_queue is not None else None,
+            queue_seconds=round(job.left_queue - job.submitted, 6) if job.left_queue is not None else None,
             wall_seconds=usage.wall_seconds if usage is not None else None,
             cpu_seconds=usage.cpu_seconds if usage is not None else None,
             memory_peak_bytes=usage.memory_peak_bytes if usage is not None else None,

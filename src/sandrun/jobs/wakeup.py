@@ -1,4 +1,4 @@
-"""Wakes every coroutine that waits for something to change. Costs nothing while nobody waits, and runs no timer unasked."""
+"""Wakes every coroutine that waits for something to change; costs nothing while nobody waits."""
 
 from __future__ import annotations
 
