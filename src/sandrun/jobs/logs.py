@@ -39,7 +39,7 @@ class LogBuffer:
         return len(self._data)
 
     def append(self, data: bytes) -> None:
-        """Keep what still fits, count the rest; after the first dropped byte nothing is kept, or there would be holes."""
+        """Keep what still fits, count the rest. Nothing is kept after the first dropped byte: there are no holes."""
         self.total += len(data)
         if not self.truncated:
             room = LOG_BYTES - len(self._data)

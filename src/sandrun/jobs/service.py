@@ -150,11 +150,11 @@ class JobService:
         with self._admission(client, given, held):
             if account is None:
                 held.take(given.size)
-            manifest = None
+            known: Manifest | bytes | None = manifest_bytes
             if manifest_bytes is not None and len(manifest_bytes) <= SMALL_BYTES // 4:
-                manifest = parse_manifest(manifest_bytes, self.config.ceilings)
-                self._refuse_missing(manifest)  # before the archive has cost anything
-            check = partial(check_upload, given, manifest or manifest_bytes, self.config.ceilings)
+                known = parse_manifest(manifest_bytes, self.config.ceilings)
+                self._refuse_missing(known)  # before the archive has cost anything
+            check = partial(check_upload, given, known, self.config.ceilings)
             manifest, inputs = await self._checks.run(client, check)
             self._refuse_missing(manifest)
             job = self._make(client, manifest, given, held, inputs, keep=True)
