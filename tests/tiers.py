@@ -4,8 +4,8 @@
     ./scripts/test TIER [ARGS]      one: unit kernel service escape user vm; ARGS go to pytest
     ./scripts/test mutations        takes each protection away and sees its tests fail (tests/mutations.py)
 
-Each tier's report lies in .test-results/TIER.xml; ./scripts/check reads them. A tier that this host cannot run at all is
-told, and fails where CI is set.
+Each tier's report lies in .test-results/TIER.xml; ./scripts/check reads them. A tier that this host cannot run at all
+is told, and fails where CI is set.
 """
 
 from __future__ import annotations
@@ -274,7 +274,8 @@ def summarise(reports: list[Report], digest: str) -> int:
     print("\n==== summary ====")
     for r in reports:
         counts = f"{r.passed:5} passed {r.failed:4} failed {r.skipped:4} skipped"
-        print(f"{'none' if r.impossible else 'ok' if r.good else 'FAILED':7}{r.tier:9}{counts} {r.seconds:7.1f} s  {r.reason}".rstrip())
+        verdict = "none" if r.impossible else "ok" if r.good else "FAILED"
+        print(f"{verdict:7}{r.tier:9}{counts} {r.seconds:7.1f} s  {r.reason}".rstrip())
     record = {"sources": digest, "tiers": {r.tier: {**dataclasses.asdict(r), "good": r.good} for r in reports}}
     (RESULTS / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     fallen = sum(not r.good and not r.failed for r in reports)  # a tier that did not run counts as one failure
