@@ -46,7 +46,6 @@ class ManifestFields(TypedDict, total=False):
 class RunFields(TypedDict, total=False):
     """What `/run` takes beside `code`. `files` and `stdin` may be bytes."""
 
-    entrypoint: str
     interpreter: str
     args: Iterable[str]
     env: Mapping[str, str]
@@ -78,9 +77,8 @@ class Request:
     answer_seconds: float = ANSWER_SECONDS
 
 
-def run(code: str | None, fields: RunFields) -> Request:
-    body: dict[str, Any] = {} if code is None else {"code": code}
-    body.update({key: value for key, value in fields.items() if value is not None})
+def run(code: str, fields: RunFields) -> Request:
+    body: dict[str, Any] = {"code": code, **{key: value for key, value in fields.items() if value is not None}}
     if "stdin" in body:
         body["stdin"] = _content(body["stdin"])
     if "files" in body:

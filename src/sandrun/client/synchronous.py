@@ -51,7 +51,7 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def run(self, code: str | None = None, **fields: Unpack[RunFields]) -> Result:
+    def run(self, code: str, **fields: Unpack[RunFields]) -> Result:
         """Run a program and wait for it: output, verdict and small files come back in one round trip.
 
         The server forgets the job when it has answered, unless `keep=True`. A job that fails is a result, no exception.
