@@ -416,7 +416,7 @@ class Policy:
 
     @property
     def unresolved(self) -> tuple[str, ...]:
-        """Names of allowed calls that the installed libseccomp does not know; those only other machines have left out."""
+        """Names of allowed calls that the installed libseccomp does not know. Those of other machines do not count."""
         absent = frozenset() if MACHINE == "x86_64" else _ONLY_X86
         names = dict.fromkeys(rule.name for rule in self.rows if rule.errno == 0)
         return tuple(name for name in names if name not in absent and resolve(name) is None)
