@@ -57,7 +57,8 @@ def _follow(args: argparse.Namespace) -> int:
                     print(json.dumps(event), flush=True)
             elif args.stream in ("both", item.stream):
                 if args.json:
-                    print(json.dumps({"stream": item.stream, "offset": item.offset, "text": item.text}), flush=True)
+                    part = {"stream": item.stream, "offset": item.offset, "text": item.text, "skipped": item.skipped}
+                    print(json.dumps(part), flush=True)
                     continue
                 if item.skipped:
                     targets[item.stream].gap(item.skipped)

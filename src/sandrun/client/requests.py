@@ -264,7 +264,7 @@ class LogStream:
     def feed(self, frame: str | bytes) -> LogPart | LogEnd | None:
         item = read_frame(frame)
         self._failures = 0
-        if isinstance(item, LogPart):
+        if isinstance(item, LogPart) and item.data:
             expected = self._next[item.stream]
             repeated = max(0, expected - item.offset)  # sent twice over a broken connection
             if repeated and repeated >= len(item.data):

@@ -77,7 +77,8 @@ class LogPart:
     Attributes:
         stream: "stdout" or "stderr".
         offset: of its first byte in the stream.
-        skipped: bytes before it that are lost: the job wrote more than is kept, or we read too slowly.
+        data: empty if there is only something to tell of `skipped`.
+        skipped: bytes before it that are lost: the job wrote more than is kept.
     """
 
     stream: str
@@ -158,10 +159,14 @@ def read_frame(frame: str | bytes) -> LogPart | LogEnd | None:
                 outcome=None if outcome is None else Outcome(outcome),
                 exit_code=_optional_int(value.get("exit_code")),
             )
-        if "event" in value:
+        if value.get("event") not in (None, "gap"):
             return None
         if value["stream"] not in ("stdout", "stderr"):
             raise ValueError(value["stream"])
+        if "event" in value:
+            return LogPart(
+                stream=value["stream"], offset=int(value["offset"]), data=b"", skipped=_positive(value["bytes"])
+            )
         data = base64.b64decode(value["base64"], validate=True) if "base64" in value else _text(value["text"]).encode()
         return LogPart(stream=value["stream"], offset=int(value["offset"]), data=data)
 
@@ -191,6 +196,12 @@ def _text(value: object) -> str:
 def _optional_int(value: object) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{value!r} is no integer")
+    return value
+
+
+def _positive(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is no count of bytes")
     return value
 
 
