@@ -16,9 +16,10 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import ENOENT
 from typing import Any
 
-from sandrun.errors import ConfigError, Conflict, InvalidInput, NotFound
+from sandrun.errors import ConfigError, InvalidInput, NotFound
 from sandrun.model import show
 
 MOUNT = "/environments"
@@ -62,7 +63,9 @@ def build(
     python: str | None = None,
     log: int = 2,
 ) -> Environment:
-    """Build an environment and put it in its place by one rename.
+    """Build an environment and put it in its place by one rename; one that has the name already is replaced.
+
+    A server that is running goes on with what it has until it is restarted; see `hold`.
 
     pip works as it is set up on this host: its configuration files, `PIP_*`, proxies and certificates count, those of
     the calling user included.
@@ -73,9 +76,10 @@ def build(
         require_hashes: refuse every package that the file gives no hash for.
         python: the interpreter that jobs use; `find_python` if not given.
         log: descriptor that pip's progress goes to.
-    Raises: InvalidInput for an argument, Conflict if the name is taken, ConfigError for an unsafe place, BuildError.
+    Raises: InvalidInput for an argument, ConfigError for a place that others can change, BuildError.
     """
     from sandrun import environment_builder as builder
+    from sandrun.linux import files
 
     _check_name(name)
     order = builder.Order(
@@ -89,11 +93,9 @@ def build(
     base = _own_directory(state_dir)
     place = os.path.join(base, name)
     with _locked(base):
-        if os.path.lexists(place):
-            raise Conflict(f"environment {name} exists; remove it first: sandrun environment remove {name}")
         _clear_leftovers(base)
         builder.clear_leftovers()
-        unfinished = f"{place}{_UNFINISHED}{os.getpid()}"
+        unfinished = _aside(place)
         try:
             built = builder.fill(order, unfinished)
             value = {
@@ -107,10 +109,12 @@ def build(
                 json.dump(value, stream, indent=1)
                 os.fchmod(stream.fileno(), 0o644)
             os.sync()  # a power cut must not leave the name without the files
-            os.rename(unfinished, place)
-        except BaseException:
-            _remove_tree(unfinished)
-            raise
+            if os.path.lexists(place):
+                files.exchange(unfinished, place)
+            else:
+                os.rename(unfinished, place)
+        finally:
+            _discard(unfinished)  # what was there before, or what could not be finished
     return _read(base, name)
 
 
@@ -129,7 +133,7 @@ def list_(state_dir: str) -> list[Environment]:
 
 
 def remove(name: str, state_dir: str) -> None:
-    """Remove an environment. A server that is running has it mounted: its jobs that need it fail from now on.
+    """Remove an environment; its files stay as long as a server holds them.
 
     Raises: NotFound.
     """
@@ -139,9 +143,25 @@ def remove(name: str, state_dir: str) -> None:
     if not os.path.isdir(place):
         raise NotFound(f"there is no environment {name} in {base}")
     with _locked(base):
-        gone = f"{place}{_UNFINISHED}{os.getpid()}"
+        gone = _aside(place)
         os.rename(place, gone)  # nobody finds half of one
-        _remove_tree(gone)
+        _discard(gone)
+
+
+def hold(environment: Environment) -> int:
+    """Keep an environment's files where they are while the descriptor is open, though it be removed or replaced.
+
+    A server needs that: a zygote imports from its environment long after it was mounted.
+    Raises: FileNotFoundError if it is gone already.
+    """
+    import fcntl
+
+    descriptor = os.open(environment.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if os.fstat(descriptor).st_nlink == 0:  # a remover had it when we opened it
+        os.close(descriptor)
+        raise FileNotFoundError(ENOENT, f"environment {environment.name} was removed", environment.path)
+    return descriptor
 
 
 def digest(directory: str) -> str:
@@ -270,17 +290,34 @@ def _locked(directory: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _aside(place: str) -> str:
+    """A name that no reader takes for an environment's."""
+    return f"{place}{_UNFINISHED}{os.getpid()}-{os.urandom(4).hex()}"
+
+
 def _clear_leftovers(base: str) -> None:
-    """Remove what a builder or remover that was killed left in `base`, whose lock we hold."""
+    """Remove what builders and removers left in `base`, whose lock we hold: killed ones, or those that met a server."""
     for name in os.listdir(base):
         if _UNFINISHED in name:
-            _remove_tree(os.path.join(base, name))
+            _discard(os.path.join(base, name))
 
 
-def _remove_tree(path: str) -> None:
+def _discard(path: str) -> None:
+    """Remove a tree, unless somebody holds it: then the next builder does."""
+    import fcntl
     import shutil
 
-    shutil.rmtree(path, ignore_errors=True)  # goes by descriptors, so a link in it leads nowhere
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)  # goes by descriptors, so a link in it leads nowhere
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def _now() -> str:

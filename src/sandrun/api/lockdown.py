@@ -48,7 +48,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("socket connect bind", "it answers; it never calls: not D-Bus, not a metadata service, not the local network"),
     ("setns unshare mount umount2 pivot_root chroot", "its view of the host stays the one that it was given"),
     ("move_mount open_tree fsopen fsmount fsconfig fspick mount_setattr", "the same by the newer calls"),
-    ("bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register", "kernel surface of no use here"),
+    ("bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register", "kernel surface of no use"),
     ("keyctl add_key request_key", "keyrings outlive processes"),
     ("init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff", "never"),
     ("open_by_handle_at mknod mknodat acct quotactl syslog settimeofday clock_settime adjtimex", "never"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
+
+import structlog
 
 from sandrun.errors import ProtocolError
 from sandrun.jobs.job import Job, StoredOutput
@@ -17,8 +18,6 @@ END_OF_FILE_SECONDS = 2.0
 """How long pipes may stay open after the report that all their writers are dead; then they are closed from here."""
 OVERDUE_SECONDS = 60.0
 """How long beyond a job's wall limit its report may take, set-up and collecting included. Then it counts as lost."""
-
-log = logging.getLogger("sandrun.jobs")
 
 
 class Running:
@@ -79,7 +78,7 @@ class Running:
 
     def _give_up(self, ended: Ended) -> None:
         """The spawner never reported, or something still holds a write end: it must not hold up the job's end."""
-        log.error("job %s: its report or the end of its pipes is overdue; not waited for any longer", self._job.tag)
+        structlog.get_logger().error("job_overdue", job=self._job.tag, reported=self._ended is not None)
         self._ended = None
         for reader in self._readers:
             reader.close()
@@ -104,8 +103,8 @@ class Collected:
         try:
             for file, data in parser.feed(piece):
                 self._job.outputs[file.path] = StoredOutput(file.path, data, file.sha256)
-        except ProtocolError as error:  # whoever broke out of the collector's code; what came whole is kept
-            log.warning("job %s: outputs: %s", self._job.tag, error)
+        except ProtocolError:  # the collector is the job's user; what came whole is kept
+            structlog.get_logger().warning("outputs_malformed", job=self._job.tag)
             self._stop(storage_full=False)
 
     def end(self) -> None:

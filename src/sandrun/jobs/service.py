@@ -11,13 +11,15 @@ import asyncio
 import base64
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
+
+import structlog
 
 from sandrun.errors import InvalidInput, NotFound, Overloaded, ProtocolError
 from sandrun.jobs.archive import build_archive, check_archive, check_entrypoint
@@ -26,7 +28,7 @@ from sandrun.jobs.clients import Client, Clients
 from sandrun.jobs.config import JobsConfig, default_store_bytes
 from sandrun.jobs.job import Input, InputFile, Job
 from sandrun.jobs.memfile import sealed
-from sandrun.jobs.request import RunRequest
+from sandrun.jobs.request import RunRequest, parse_run
 from sandrun.jobs.result import ExecutionMetadata, Failure, JobResult, Truncated
 from sandrun.jobs.running import Running
 from sandrun.jobs.scheduler import Bounds, Scheduler
@@ -56,7 +58,8 @@ CANCEL_SECONDS = 5.0
 START_AGAIN_SECONDS = 0.05
 """How soon to try again when the spawner is being replaced or is busy."""
 
-log = logging.getLogger("sandrun.jobs")
+TELLING_STEPS = ("unpack", "snapshot")
+"""Set-up steps whose errors may quote what a client sent: their text stays out of the log."""
 
 
 class JobService:
@@ -135,6 +138,14 @@ class JobService:
         self._refuse_if_draining()
         return self._store.open(client)
 
+    def check_manifest(self, manifest_bytes: bytes) -> None:
+        """Refuse a bad manifest before its archive is received, if it is small enough to look at on the way.
+
+        Raises: InvalidInput.
+        """
+        if len(manifest_bytes) <= SMALL_BYTES:
+            self._refuse_missing(parse_manifest(manifest_bytes, self.config.ceilings))
+
     async def submit(
         self, client: Client, archive_fd: int, manifest_bytes: bytes | None, account: Account | None = None
     ) -> Job:
@@ -151,7 +162,7 @@ class JobService:
             if account is None:
                 held.take(given.size)
             known: Manifest | bytes | None = manifest_bytes
-            if manifest_bytes is not None and len(manifest_bytes) <= SMALL_BYTES // 4:
+            if manifest_bytes is not None and len(manifest_bytes) <= SMALL_BYTES:
                 known = parse_manifest(manifest_bytes, self.config.ceilings)
                 self._refuse_missing(known)  # before the archive has cost anything
             check = partial(check_upload, given, known, self.config.ceilings)
@@ -160,6 +171,11 @@ class JobService:
             job = self._make(client, manifest, given, held, inputs, keep=True)
         self._enqueue(job)
         return job
+
+    async def parse_run(self, client: Client, body: bytes) -> RunRequest:
+        """A body of `/run`, a large one in a thread. Raises: InvalidInput, TooLarge."""
+        parse = partial(parse_run, body, self.config.ceilings)
+        return parse() if len(body) <= SMALL_BYTES else await self._checks.run(client, parse)
 
     async def run(self, client: Client, request: RunRequest) -> Job:
         """Queue a job that came whole in one request; returns when it has left the queue, running or already ended.
@@ -339,7 +355,6 @@ class JobService:
             self._try_again()
             return False
         except (OSError, ValueError) as error:  # ValueError: the environment went with the last spawner
-            log.error("job %s: start: %s", job.tag, error)
             failed = {"step": "start", "errno": getattr(error, "errno", None) or 0, "details": str(error)}
             self._conclude(job, Ended(outcome=Outcome.SETUP_FAILED, failed=failed))
             self._loop.call_soon(self._next_after, job)
@@ -397,7 +412,6 @@ class JobService:
         job.limits_hit = tuple(sorted(hits))
         if ended.failed is not None:
             step, number = str(ended.failed.get("step")), int(ended.failed.get("errno") or 0)
-            log.error("job %s: %s: %s", job.tag, step, ended.failed.get("details"))  # names host paths: not for clients
             job.failure = Failure(step=step, errno=number, details=os.strerror(number) if number else "failed")
         succeeded = ended.outcome is Outcome.EXITED and ended.exit_code == 0
         job.status = Status.COMPLETED if succeeded else Status.FAILED
@@ -405,7 +419,7 @@ class JobService:
         job.ended = time.monotonic()
         self._store.settle(job)
         job.changed.wake()
-        log.info("job %s: %s", job.tag, ended.outcome)
+        self._loop.call_soon(log_end, log_fields(job), ended)
 
     async def _wait_idle(self, seconds: float) -> bool:
         deadline = self._loop.time() + seconds
@@ -505,6 +519,33 @@ def describe(job: Job, position: int | None, *, logs: bool) -> JobResult:
         isolation=dict(job.isolation),
         failure=job.failure,
     )
+
+
+def log_fields(job: Job) -> dict[str, Any]:
+    """What stays of a job in the log: tag, sizes, verdict, nothing of its content (requirement 26)."""
+    return {
+        "job": job.tag,
+        "outcome": job.outcome,
+        "exit_code": job.exit_code,
+        "limits_hit": job.limits_hit,
+        "stdout_bytes": job.stdout.total,
+        "stderr_bytes": job.stderr.total,
+        "outputs": len(job.outputs),
+        "wall_seconds": job.usage and round(job.usage.wall_seconds, 6),
+        "cpu_seconds": job.usage and job.usage.cpu_seconds,
+    }
+
+
+def log_end(fields: dict[str, Any], ended: Ended) -> None:
+    """One line for a job's end. Why a sandbox could not be built names host paths, so only the log is told."""
+    log = structlog.get_logger()
+    if ended.failed is None:
+        log.info("job_ended", **fields)
+    else:
+        told = {"step": ended.failed.get("step"), "errno": ended.failed.get("errno")}
+        if told["step"] not in TELLING_STEPS:
+            told["details"] = str(ended.failed.get("details"))[:1000]
+        log.error("setup_failed", **fields, **told)
 
 
 def _utc(job: Job, monotonic: float) -> str:

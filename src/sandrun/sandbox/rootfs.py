@@ -249,9 +249,10 @@ def attach_storage(storage: int, owner: int) -> None:
     mounts.umount(STAGE, mounts.MNT_DETACH)
 
 
-def mount_proc(masked: list[tuple[str, bool]]) -> None:
+def mount_proc(masked: list[tuple[str, bool]]) -> int:
     """A /proc of the sandbox's own PID namespace, hiding others' processes, masked and read-only.
 
+    Returns: the descriptor of a writable copy that is mounted nowhere, for the steps that follow.
     A proc mount in a user namespace is EPERM unless a full one is there already (the zygote's, below this one).
     proc(5) "hidepid" (by mount since Linux 5.8).
     """
@@ -260,11 +261,14 @@ def mount_proc(masked: list[tuple[str, bool]]) -> None:
         {"hidepid": "invisible"},
         mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV | mounts.MOUNT_ATTR_NOEXEC,
     )
+    mounts.set_attributes("/proc", set=FIXED | mounts.MOUNT_ATTR_NOEXEC)  # the zygote's, covered by the next line
     mounts.move_mount(proc, "/proc")
+    writable = mounts.open_tree("", dirfd=proc, clone=True, recursive=False)
     os.close(proc)
     for path, folder in masked:
         mounts.mount(f"{EMPTY}/folder" if folder else f"{EMPTY}/file", path, None, mounts.MS_BIND, None)
     mounts.set_attributes("/proc", set=FIXED | mounts.MOUNT_ATTR_NOEXEC)
+    return writable
 
 
 def find_masked() -> list[tuple[str, bool]]:

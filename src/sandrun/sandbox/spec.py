@@ -69,12 +69,13 @@ class Spec:
         sync: init's socket to the zygote, which writes the id maps.
         storage: a detached tmpfs, or -1: init makes one of `storage_bytes`.
         entries: v1 `tasks` files.
+        proc: a writable, detached copy of the sandbox's /proc, for set-up steps alone.
         snapshot: memory file with the state of the work directory after unpacking.
     """
 
     __slots__ = (
-        "archive", "collect", "control", "entries", "gate", "init_id", "job_id", "nest", "outputs", "slot", "snapshot",
-        "spec", "stderr", "stdin", "stdout", "storage", "storage_bytes", "sync",
+        "archive", "collect", "control", "entries", "gate", "init_id", "job_id", "nest", "outputs", "proc", "slot",
+        "snapshot", "spec", "stderr", "stdin", "stdout", "storage", "storage_bytes", "sync",
     )  # fmt: skip
 
     def __init__(
@@ -106,12 +107,13 @@ class Spec:
         self.entries = rest
         self.sync = -1
         self.snapshot = -1
+        self.proc = -1
 
     def descriptors(self) -> list[int]:
         """All that are open, in rising order."""
         named = (
             self.control, self.gate, self.spec, self.archive, self.stdin, self.stdout, self.stderr, self.outputs,
-            self.storage, self.sync, self.snapshot,
+            self.storage, self.sync, self.snapshot, self.proc,
         )  # fmt: skip
         return sorted(d for d in (*named, *self.entries) if d >= 0)
 

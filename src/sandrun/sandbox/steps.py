@@ -75,7 +75,7 @@ def attach_storage(spec: Spec) -> None:
 
 
 def mount_proc(spec: Spec) -> None:
-    rootfs.mount_proc(spec.nest.masked)
+    spec.proc = rootfs.mount_proc(spec.nest.masked)
 
 
 def become_init(spec: Spec) -> None:
@@ -143,6 +143,12 @@ def standard_streams(spec: Spec) -> None:
     spec.stdin = spec.stdout = spec.stderr = -1
 
 
+def offer_to_oom(spec: Spec) -> None:
+    """The kernel takes the job's processes before it takes init, and with it verdict and outputs."""
+    process.set_dumpable(True)  # else /proc/self belongs to another
+    _write_proc(spec, "oom_score_adj", b"1000")
+
+
 RLIMITS = (
     ("NOFILE", 1024, 4096),
     ("MEMLOCK", 0, 0),  # tmpfs and anonymous memory are never swapped: nothing to lock
@@ -175,9 +181,9 @@ def become_user(spec: Spec) -> None:
     if spec.nest.shared_uid:
         outer = os.getuid()
         process.unshare(process.CLONE_NEWUSER)
-        write_file("/proc/self/setgroups", b"deny")  # gid_map is EPERM without, user_namespaces(7)
-        write_file("/proc/self/gid_map", b"%d %d 1" % (JOB_UID, outer))
-        write_file("/proc/self/uid_map", b"%d %d 1" % (JOB_UID, outer))
+        _write_proc(spec, "setgroups", b"deny")  # gid_map is EPERM without, user_namespaces(7)
+        _write_proc(spec, "gid_map", b"%d %d 1" % (JOB_UID, outer))
+        _write_proc(spec, "uid_map", b"%d %d 1" % (JOB_UID, outer))
     os.setresgid(JOB_UID, JOB_UID, JOB_UID)  # gid before uid: leaving the uid loses CAP_SETGID
     os.setresuid(JOB_UID, JOB_UID, JOB_UID)
     if os.getresuid() != (JOB_UID,) * 3 or os.getresgid() != (JOB_UID,) * 3:
@@ -195,13 +201,10 @@ def drop_capabilities(spec: Spec) -> None:
     process.set_no_new_privs()
 
 
-READABLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/proc", "/dev", rootfs.ENVIRONMENTS)
-
-
 def restrict_files(spec: Spec) -> None:
+    """Reading anywhere in this root, which has nothing but what jobs may read; writing in the three places only."""
     if spec.nest.landlock:
-        read = [path for path in READABLE if os.path.isdir(path)]
-        landlock.restrict(read, [*rootfs.WRITABLE, *(f"/dev/{name}" for name in rootfs.DEVICES)])
+        landlock.restrict(["/"], [*rootfs.WRITABLE, *(f"/dev/{name}" for name in rootfs.DEVICES)])
 
 
 def reset_process(spec: Spec) -> None:
@@ -209,6 +212,8 @@ def reset_process(spec: Spec) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(0o022)
     process.set_dumpable(True)  # its own /proc/self, which the change of uid has closed
+    close(spec.proc)
+    spec.proc = -1
 
 
 def change_directory(spec: Spec) -> None:
@@ -225,6 +230,7 @@ def install_filter(spec: Spec) -> None:
 JOB_STEPS: Final[tuple[Step, ...]] = (
     ("new session", new_session),
     ("standard streams", standard_streams),
+    ("oom_score_adj", offer_to_oom),
     ("resource limits", set_rlimits),
     ("user and groups", become_user),
     ("bounding set", drop_bounding),  # needs CAP_SETPCAP, which the next line gives up
@@ -250,12 +256,12 @@ COLLECTOR_STEPS: Final[tuple[Step, ...]] = (
 )
 
 
-def write_file(path: str, data: bytes) -> None:
-    """One write(2) on a control file, so that the kernel's refusal is not lost. Raises: OSError naming the path."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+def _write_proc(spec: Spec, name: str, data: bytes) -> None:
+    """One write(2) on a file of /proc/self, so that the kernel's refusal is not lost. Raises: OSError naming the file."""
+    descriptor = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=spec.proc)
     try:
         os.write(descriptor, data)
     except OSError as error:
-        raise OSError(error.errno or 0, f"{path}: {os.strerror(error.errno or 0)}") from None
+        raise OSError(error.errno or 0, f"/proc/self/{name}: {os.strerror(error.errno or 0)}") from None
     finally:
         os.close(descriptor)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sandrun.errors import Overloaded, ProtocolError
 from sandrun.model import LimitHit, Limits, Outcome, Usage
+from sandrun.sandbox import messages
 from sandrun.spawner import protocol
 
 
@@ -237,14 +238,14 @@ class SpawnerClient:
 def _translate(ended: protocol.Ended) -> Ended:
     outcome = Outcome(protocol.OUTCOMES[ended.outcome])
     hits = []
-    if ended.hits & protocol.HIT_PROCESSES:
+    if ended.hits & messages.HIT_PROCESSES:
         hits.append(LimitHit.PROCESSES)
-    if ended.hits & protocol.HIT_STORAGE:
+    if ended.hits & messages.HIT_STORAGE:
         hits.append(LimitHit.STORAGE)
     failed = None
     isolation: dict[str, Any] = {}
     if outcome is Outcome.SETUP_FAILED:
-        step, number, details = protocol.read_failure(ended.inside)
+        step, number, details = messages.read_failure(ended.inside)
         failed = {"step": step, "errno": number, "details": details}
     elif ended.inside:
         isolation = {

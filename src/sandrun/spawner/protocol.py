@@ -8,8 +8,8 @@ in tails that the spawner hands on unread.
     api     -> spawner  START CANCEL
     spawner -> api      FACTS STARTED ENDED
     spawner -> zygote   SPAWN                     zygote -> spawner   WARM SPAWNED REFUSED
-    spawner -> init     END                       init   -> spawner   FAILED EXITED DONE
-    spawner -> job      GO                        job    -> spawner   CONFINED RUNNING FAILED   (before it is the client's)
+
+What passes between spawner, init and job is in `sandrun.sandbox.messages`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import struct
 from typing import NamedTuple
 
 from sandrun.errors import ProtocolError
+from sandrun.sandbox.messages import TAIL_BYTES
 
 FACTS_BYTES = 128 * 1024
-TAIL_BYTES = 48 * 1024
-"""The most a tail may have: an isolation report is about 5 KB."""
 MAX_DESCRIPTORS = 24
 
 
@@ -140,7 +139,6 @@ OUTCOMES = (
     "exited signaled timeout cpu_limit memory_limit cancelled worker_lost setup_failed"
 ).split()
 """Outcomes by their number in messages; the words are `sandrun.model.Outcome`."""
-HIT_PROCESSES, HIT_STORAGE = 1, 2
 
 
 class Ended(NamedTuple):
@@ -239,50 +237,3 @@ def decode_refused(message: bytes) -> tuple[int, bytes]:
     if len(message) < _SLOT.size:
         raise ProtocolError("REFUSED is too short")
     return _SLOT.unpack_from(message)[1], message[_SLOT.size :]
-
-
-# ---- spawner <-> init and job ------------------------------------------------------------------------------
-
-CONFINED = b"c"  # job: every wall stands; the tail is the report measured inside
-GO = b"g"  # spawner: the host sees the same
-RUNNING = b"x"  # job: files are unpacked, the next call is the client's; the wall clock starts
-FAILED = b"f"  # init or job: step NUL errno NUL text
-EXITED = b"e"  # init: the entrypoint is over and every process with it
-DONE = b"d"  # init: outputs are collected
-END = b"k"  # spawner: kill the job, then go on as after its exit
-
-_EXITED = struct.Struct("<cBHiqq")
-
-
-class Exited(NamedTuple):
-    """`status` as waitpid(2) gives it; the times and the peak are getrusage(2)'s, for hosts without cgroups."""
-
-    hits: int
-    status: int
-    cpu_us: int
-    memory_peak: int
-
-    def encode(self) -> bytes:
-        return _EXITED.pack(EXITED, self.hits, 0, self.status, self.cpu_us, self.memory_peak)
-
-    @classmethod
-    def decode(cls, message: bytes) -> Exited:
-        _, hits, _, status, cpu, memory = unpack(_EXITED, message)
-        return cls(hits, status, cpu, memory)
-
-
-def failure(step: str, error: BaseException) -> bytes:
-    """`step NUL errno NUL text`: how a failed step travels."""
-    number = getattr(error, "errno", None) or 0
-    return f"{step}\0{number}\0{type(error).__name__}: {error}".encode(errors="backslashreplace")[:4096]
-
-
-def read_failure(tail: bytes) -> tuple[str, int, str]:
-    """The three parts of a `failure`; whatever came is made to fit."""
-    step, _, rest = tail.partition(b"\0")
-    number, _, text = rest.partition(b"\0")
-    return (
-        step.decode(errors="replace") or "unknown",
-        int(number) if number.isdigit() else 0,
-        text.decode(errors="replace"),
-    )

@@ -1,0 +1,148 @@
+"""The process that becomes the job: walls first, then the host's look at them, then the client's files and code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any, NoReturn
+
+from sandrun.sandbox import collect, messages, report, rootfs, script, unpack
+from sandrun.sandbox.spec import Spec, close
+from sandrun.sandbox.steps import COLLECTOR_STEPS, JOB_STEPS, StepFailed, take
+
+SETUP_FAILED = 125
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+SPEC_BYTES = 4 << 20
+
+START_UP_VARIABLES = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "OMP_", "OPENBLAS_", "MKL_", "BLIS_", "TZ")
+"""A process reads these when it starts: a job that sets one gets an interpreter of its own."""
+
+
+def become_job(spec: Spec) -> None:
+    """Run the job. Returns only if this very interpreter is to run it, which begins when its start-up goes on."""
+    try:
+        take(JOB_STEPS, spec)
+        wishes = _pass_gate(spec)
+    except StepFailed as error:
+        _give_up(spec.gate, error.step, error.__cause__ or error)
+    except BaseException as error:
+        _give_up(spec.gate, "gate", error)
+    if _runs_in_place(spec, wishes):
+        try:
+            script.become(wishes["entrypoint"], wishes["args"], _environment(spec, wishes))
+        except BaseException as error:
+            _refuse(wishes["entrypoint"], error)
+        return
+    _execute(spec, wishes)
+
+
+def _pass_gate(spec: Spec) -> dict[str, Any]:
+    step = "verify"
+    try:
+        found = report.measure(spec)
+        report.verify(found, spec)
+        os.write(spec.gate, messages.CONFINED + json.dumps(found, separators=(",", ":")).encode())
+        if os.read(spec.gate, 1) != messages.GO:
+            os._exit(SETUP_FAILED)  # the spawner is gone, or has seen what it must not see and says so itself
+        step = "unpack"
+        wishes: dict[str, Any] = json.loads(_read_all(spec.spec))
+        unpack.unpack(spec.archive, rootfs.WORK)
+        if wishes["interpreter"] == "executable":
+            os.chmod(wishes["entrypoint"], 0o755)
+        if spec.snapshot >= 0:
+            step = "snapshot"
+            _write_all(spec.snapshot, collect.snapshot(rootfs.WORK))
+        os.write(spec.gate, messages.RUNNING)
+    except BaseException as error:
+        raise StepFailed(step) from error
+    close(spec.gate, spec.spec, spec.archive, spec.snapshot)
+    return wishes
+
+
+def _runs_in_place(spec: Spec, wishes: dict[str, Any]) -> bool:
+    return (
+        wishes["interpreter"] == "python3"
+        and not wishes["fresh"]
+        and script.ready()
+        and not any(name.startswith(START_UP_VARIABLES) for name in wishes["env"])
+    )
+
+
+def _environment(spec: Spec, wishes: dict[str, Any]) -> dict[str, str]:
+    """The exact list (requirement 13); what the client gives comes last."""
+    found = {
+        "PATH": spec.nest.path,
+        "HOME": rootfs.WORK,
+        "TMPDIR": "/tmp",
+        "LANG": "C.UTF-8",
+        "USER": "sandbox",
+        "LOGNAME": "sandbox",
+    }
+    if spec.nest.environment:
+        found["VIRTUAL_ENV"] = spec.nest.environment
+    found.update(wishes["env"])
+    return found
+
+
+def _execute(spec: Spec, wishes: dict[str, Any]) -> NoReturn:
+    entrypoint = wishes["entrypoint"]
+    try:
+        if wishes["interpreter"] == "executable":
+            argv = [f"./{entrypoint}"]
+        else:
+            argv = [*spec.nest.interpreters[wishes["interpreter"]], entrypoint]
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # ignored by Python, and exec hands that on
+        os.execve(argv[0], [*argv, *wishes["args"]], _environment(spec, wishes))
+    except BaseException as error:
+        _refuse(entrypoint, error)
+
+
+def _refuse(entrypoint: str, error: BaseException) -> NoReturn:
+    """The walls stand, but the client's file cannot be run: its fault, told as a shell tells it."""
+    text = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    os.write(2, f"sandrun: {entrypoint}: {text}\n".encode(errors="backslashreplace"))
+    os._exit(NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE)
+
+
+def _give_up(channel: int, step: str, error: BaseException) -> NoReturn:
+    try:
+        os.write(channel, messages.FAILED + messages.failure(step, error))
+    finally:
+        os._exit(SETUP_FAILED)
+
+
+def be_collector(spec: Spec) -> NoReturn:
+    """Send what the job left behind, with no more rights than it had. Every process of the job's is dead."""
+    status = 1
+    try:
+        take(COLLECTOR_STEPS, spec)
+        wishes = json.loads(_read_all(spec.spec))
+        outputs = wishes["outputs"]
+        before = _read_all(spec.snapshot)
+        collect.collect(rootfs.WORK, None if outputs is None else tuple(outputs), before, spec.outputs)
+        status = 0
+    except StepFailed as error:
+        _give_up(spec.control, f"collector: {error.step}", error.__cause__ or error)
+    except BaseException as error:
+        _give_up(spec.control, "collector", error)
+    finally:
+        os._exit(status)
+
+
+def _read_all(descriptor: int) -> bytes:
+    """A memory file from its beginning, whatever its offset is."""
+    parts = []
+    offset = 0
+    while part := os.pread(descriptor, 1 << 20, offset):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,343 @@
+"""One sandbox as the spawner sees it: its cgroup, sockets, pidfd, clocks, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sandrun.errors import ProtocolError
+from sandrun.linux.cgroup import Cgroup
+from sandrun.sandbox import messages, report
+from sandrun.spawner import protocol
+
+if TYPE_CHECKING:
+    from sandrun.spawner.server import Server, Tenant
+
+SETUP_SECONDS = 30.0
+"""For building the walls and unpacking."""
+END_SECONDS = 0.4
+"""How long init may take to end its job before the whole cgroup is killed."""
+COLLECT_SECONDS = 60.0
+EXITED, SIGNALED, TIMEOUT, CPU_LIMIT, MEMORY_LIMIT, CANCELLED, WORKER_LOST, SETUP_FAILED = range(8)
+CPU_CHECK_SECONDS = 0.002
+"""The shortest wait between two readings of a job with a CPU limit."""
+_CREDENTIALS = struct.Struct("iII")  # struct ucred, unix(7)
+
+
+class Box:
+    """Made by the server when it starts a job; tells it by `server.finished(box)` when nothing of it is left.
+
+    Attributes:
+        reason: outcome that the spawner has decided on, None while the job decides itself.
+        failed: `step NUL errno NUL text` of a set-up step.
+    """
+
+    def __init__(
+        self, server: Server, tenant: Tenant, slot: int, start: protocol.Start, cgroup: Cgroup | None
+    ) -> None:
+        self.server = server
+        self.tenant = tenant
+        self.slot = slot
+        self.start = start
+        self.cgroup = cgroup
+        self.pidfd = -1
+        self.pid = 0
+        self.oom = -1
+        self.reason: int | None = None
+        self.failed = b""
+        self.host = b""
+        self.inside = b""
+        self.exited: messages.Exited | None = None
+        self.started = 0.0
+        self.ended = 0.0
+        self.dead = False
+        self.done: Callable[[protocol.Ended], None] | None = None
+        self.ours: list[socket.socket] = []
+        control, init_end = protocol.pair()
+        gate, job_end = protocol.pair()
+        gate.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.control, self.gate = control, gate
+        self.theirs = (init_end, job_end)
+        for end, handler in ((control, self.on_control), (gate, self.on_gate)):
+            end.setblocking(False)
+            server.watch(end.fileno(), handler)
+            self.ours.append(end)
+        self.timer = server.at(time.monotonic() + SETUP_SECONDS, self.on_setup_deadline)
+        self.cpu_timer: Any = None
+
+    # ---- what comes in -------------------------------------------------------------------------------------
+
+    def on_gate(self) -> None:
+        """From the job's process, before it is the client's; end of file when it has become so, or has died."""
+        try:
+            message, ancillary, _, _ = self.gate.recvmsg(messages.TAIL_BYTES + 16, socket.CMSG_SPACE(_CREDENTIALS.size))
+        except BlockingIOError:
+            return
+        except OSError:
+            message, ancillary = b"", []
+        if not message:
+            self._close(self.gate)
+            return
+        kind = message[:1]
+        if kind == messages.FAILED:
+            self.fail(message[1:])
+        elif kind == messages.CONFINED and not self.inside:
+            self.inside = message[1:]
+            pid = next(
+                (_CREDENTIALS.unpack(data)[0] for level, what, data in ancillary if what == socket.SCM_CREDENTIALS), 0
+            )
+            try:
+                self._look(pid)
+                if self.reason is None:
+                    self.gate.send(messages.GO)
+            except OSError as error:
+                self.fail(messages.failure("verify from the host", error))
+        elif kind == messages.RUNNING and self.inside and not self.started:
+            self._run()
+        else:
+            self.fail(messages.failure("gate", ProtocolError(f"unexpected message {kind!r}")))
+
+    def on_control(self) -> None:
+        """From init."""
+        try:
+            message = self.control.recv(8192)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        kind = message[:1]
+        if not message:
+            self._close(self.control)
+        elif kind == messages.FAILED:
+            self.fail(message[1:])
+        elif kind == messages.EXITED and self.exited is None:
+            try:
+                self.exited = messages.Exited.decode(message)
+            except ProtocolError as error:
+                self.fail(messages.failure("init", error))
+                return
+            self.ended = time.monotonic()
+            self._stop_timers()
+            self._count_oom()
+            self.timer = self.server.at(self.ended + COLLECT_SECONDS, self.kill)
+        elif kind == messages.DONE:
+            pass  # init ends now; its pidfd tells when nothing is left
+        else:
+            self.fail(messages.failure("init", ProtocolError(f"unexpected message {kind!r}")))
+
+    def on_pidfd(self) -> None:
+        """Init is dead, and with PID 1 every process of the namespace, pid_namespaces(7)."""
+        self.server.unwatch(self.pidfd)
+        os.close(self.pidfd)
+        self.pidfd = -1
+        for end in (self.gate, self.control):  # what they said last is still to be read
+            while end in self.ours:
+                before = len(self.ours)
+                (self.on_gate if end is self.gate else self.on_control)()
+                if len(self.ours) == before and not self._readable(end):
+                    self._close(end)
+        self.bury()
+
+    def on_oom(self) -> None:
+        self._count_oom()
+        if self.reason is None and self._oom_kills:
+            self.end(MEMORY_LIMIT)
+
+    def on_setup_deadline(self) -> None:
+        self.fail(messages.failure("set-up", TimeoutError(f"not done after {SETUP_SECONDS:.0f} s")))
+
+    def on_wall_limit(self) -> None:
+        self.end(TIMEOUT)
+
+    def on_cpu_check(self) -> None:
+        used = self.cgroup.cpu_usec() if self.cgroup is not None else None
+        if used is None or self.exited is not None:
+            return
+        left = self.start.cpu_ms / 1000 - used / 1e6
+        if left <= 0:
+            self.end(CPU_LIMIT)
+            return
+        wait = max(left / self.server.cores, CPU_CHECK_SECONDS)
+        self.cpu_timer = self.server.at(time.monotonic() + wait, self.on_cpu_check)
+
+    # ---- what is done --------------------------------------------------------------------------------------
+
+    def spawned(self, pidfd: int) -> None:
+        self.pidfd = pidfd
+        self.server.watch(pidfd, self.on_pidfd)
+        if self.failed:
+            self.kill()
+
+    def _look(self, pid: int) -> None:
+        """Measure the job's process from outside. It waits for GO, so the pid is its own as long as it lives."""
+        folder = f"/proc/{pid}"
+        found = report.read_status(folder)
+        found["namespaces"] = report.read_namespaces(folder)
+        tenant = self.tenant
+        for outer in (self.server.namespaces, tenant.namespaces):
+            report.verify_outside(
+                found,
+                outer=outer,
+                flags=self.server.namespace_flags,
+                uid=tenant.host_id(self.slot),
+                sandboxed=bool(self.server.policy),
+                shared_uid=tenant.shared_uid,
+            )
+        found["uid_kind"] = "shared" if tenant.shared_uid else "own"
+        found["filter"] = self.server.policy
+        found["limits"] = self.cgroup.limits() if self.cgroup is not None else {}
+        found["waived"] = sorted(self.server.waived)
+        found["swap_closed"] = self.server.swap_closed
+        self.host = json.dumps(found, separators=(",", ":")).encode()
+        self.pid = pid
+
+    def _run(self) -> None:
+        self.started = time.monotonic()
+        self.server.drop(self.timer)
+        self.timer = self.server.at(self.started + self.start.wall_ms / 1000, self.on_wall_limit)
+        if self.start.cpu_ms:
+            self.on_cpu_check()
+        self.server.tell_started(self)
+
+    def watch_memory(self) -> None:
+        """Raises: OSError if the kernel offers no notice of OOM kills."""
+        if self.cgroup is None:
+            return
+        oom = self.cgroup.oom_fd()
+        if oom is not None:
+            self.oom = oom
+            self.server.watch(oom, self.on_oom, self.cgroup.oom_poll)
+
+    def end(self, reason: int) -> None:
+        """Have init end the job, collect, and report; if it does not, end everything."""
+        if self.reason is not None or self.exited is not None or self.dead:
+            return
+        self.reason = reason
+        self._stop_timers()
+        self.timer = self.server.at(time.monotonic() + END_SECONDS, self.kill)
+        try:
+            self.control.send(messages.END)
+        except OSError:
+            self.kill()
+
+    def fail(self, failure: bytes) -> None:
+        if not self.failed:
+            self.failed = failure
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole sandbox. What is left to do follows when init's pidfd says that it is over."""
+        self._stop_timers()
+        if self.cgroup is not None:
+            self.cgroup.kill()
+        if self.pidfd >= 0:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    # ---- the end -------------------------------------------------------------------------------------------
+
+    _oom_kills = 0
+    _limit_hits = 0
+
+    def _count_oom(self) -> None:
+        if self.cgroup is not None:
+            self._oom_kills, self._limit_hits = self.cgroup.events()
+
+    def bury(self) -> None:
+        """Nothing lives in it any more: read the meters, remove the cgroup, tell."""
+        self.dead = True
+        self._stop_timers()
+        if self.exited is None:
+            self.ended = time.monotonic()
+            self._count_oom()
+        self.usage = self.cgroup.usage() if self.cgroup is not None else (None, None, None, None)
+        if self.oom >= 0:
+            self.server.unwatch(self.oom)
+            self.oom = -1
+        for end in list(self.ours):
+            self._close(end)
+        self.close_theirs()
+        self._remove(time.monotonic() + 2.0)
+
+    def _remove(self, deadline: float) -> None:
+        """A zombie that the zygote has yet to reap keeps a v1 cgroup busy: try again soon, without waiting here."""
+        if self.cgroup is not None:
+            try:
+                self.cgroup.remove(timeout=0)
+            except OSError:
+                if time.monotonic() < deadline:
+                    self.cgroup.kill()
+                    self.server.at(time.monotonic() + 0.001, lambda: self._remove(deadline))
+                    return
+                self.server.log(f"cgroup of slot {self.slot} is still busy and is left behind")
+        self.server.finished(self)
+
+    def verdict(self) -> protocol.Ended:
+        cpu, memory, _, tasks = self.usage
+        status = self.exited.status if self.exited is not None else -1
+        code, number = protocol.UNKNOWN, 0
+        outcome = self.reason
+        if self.exited is not None and outcome is None:
+            if os.WIFSIGNALED(status):
+                outcome, number = SIGNALED, os.WTERMSIG(status)
+            else:
+                outcome, code = EXITED, os.waitstatus_to_exitcode(status)
+        elif self.exited is not None and os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+        if self._oom_kills and outcome in (None, EXITED, SIGNALED):
+            outcome, code = MEMORY_LIMIT, protocol.UNKNOWN
+        inside = self.inside
+        if self.failed and outcome not in (MEMORY_LIMIT, CANCELLED, TIMEOUT, CPU_LIMIT) and self.exited is None:
+            outcome, code, number, inside = SETUP_FAILED, protocol.UNKNOWN, 0, self.failed
+        elif not self.started and outcome in (None, EXITED, SIGNALED):
+            outcome, code, number = SETUP_FAILED, protocol.UNKNOWN, 0
+            inside = self.failed or b"start\0000\000the sandbox died before the job began"
+        elif outcome is None:
+            outcome = WORKER_LOST
+        hits = self.exited.hits if self.exited is not None else 0
+        if self._limit_hits:
+            hits |= messages.HIT_PROCESSES
+        if cpu is None and self.exited is not None:
+            cpu, memory = self.exited.cpu_us, self.exited.memory_peak
+        return protocol.Ended(
+            ticket=self.start.ticket,
+            outcome=outcome,
+            exit_code=code,
+            signal=number,
+            hits=hits,
+            wall_us=round((self.ended - self.started) * 1e6) if self.started else 0,
+            cpu_us=protocol.UNKNOWN if cpu is None else cpu,
+            memory_peak=protocol.UNKNOWN if memory is None else memory,
+            tasks_peak=protocol.UNKNOWN if tasks is None else max(tasks - 1, 1),
+            host=self.host if outcome != SETUP_FAILED else b"",
+            inside=inside,
+        )
+
+    def close_theirs(self) -> None:
+        for end in self.theirs:
+            end.close()
+
+    def _stop_timers(self) -> None:
+        for timer in (self.timer, self.cpu_timer):
+            if timer is not None:
+                self.server.drop(timer)
+        self.timer = self.cpu_timer = None
+
+    def _close(self, end: socket.socket) -> None:
+        if end in self.ours:
+            self.ours.remove(end)
+            self.server.unwatch(end.fileno())
+            end.close()
+
+    @staticmethod
+    def _readable(end: socket.socket) -> bool:
+        try:
+            return bool(end.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+

@@ -1,0 +1,253 @@
+"""Starting zygotes: namespaces and id maps, the private root, then a fresh interpreter in it."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from sandrun.errors import SetupError
+from sandrun.linux import process
+from sandrun.linux.cgroup import Cgroup
+from sandrun.sandbox import messages, rootfs, script
+from sandrun.spawner import protocol, zygote
+
+IDS = 65536
+"""Host ids of a zygote in root mode: 0 is its own, then two for each sandbox."""
+
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODULES = (
+    "__init__ errors model linux/__init__ linux/libc linux/process linux/mounts linux/capabilities linux/seccomp linux/landlock "
+    "sandbox/__init__ sandbox/spec sandbox/messages sandbox/steps sandbox/rootfs sandbox/report sandbox/script "
+    "sandbox/unpack sandbox/tar sandbox/collect sandbox/job sandbox/init "
+    "spawner/__init__ spawner/protocol spawner/zygote"
+).split()
+"""What a zygote runs. It gets these as an archive in memory: its uid may not be able to read where they lie."""
+
+SITECUSTOMIZE = b"""\
+def _run():
+    try:
+        from sandrun.spawner import zygote
+    except BaseException as error:
+        import os
+        os.write(5, b"r" + bytes(7) + f"zygote imports\\0000\\0{type(error).__name__}: {error}".encode())
+        os._exit(1)
+    zygote.main()
+_run()
+"""
+"""Without this, `site` would swallow a failed import. The write is a REFUSED, spelled out."""
+
+NAMESPACES = (
+    process.CLONE_NEWUSER
+    | process.CLONE_NEWPID
+    | process.CLONE_NEWNS
+    | process.CLONE_NEWNET
+    | process.CLONE_NEWIPC
+    | process.CLONE_NEWUTS
+)
+"""A zygote has no cgroup namespace: CLONE_INTO_CGROUP out of one is ENOENT under nsdelegate."""
+
+PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+class Recipe(NamedTuple):
+    """What a zygote is made from.
+
+    Attributes:
+        name: of the environment, "" for the bare interpreter.
+        environment: the environment's folder on the host, or None.
+        python: path of the interpreter inside.
+        uid_base: first of its IDS host ids, or None with one uid.
+        nest: keyword arguments of `sandbox.spec.Nest`, filters in hexadecimal.
+    """
+
+    name: str
+    environment: str | None
+    rootfs: str
+    python: str
+    preload: tuple[str, ...]
+    uid_base: int | None
+    nest: dict[str, Any]
+
+
+class Zygote(NamedTuple):
+    pid: int
+    pidfd: int
+    connection: socket.socket
+
+
+def make_archive(overrides: Mapping[str, bytes] | None = None) -> int:
+    """The modules of a zygote as a zip in a sealed memory file. `overrides` replaces modules: a test's broken wall."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("sitecustomize.py", SITECUSTOMIZE)
+        for name in MODULES:
+            with open(os.path.join(PACKAGE, f"{name}.py"), "rb") as file:
+                source = file.read()
+            archive.writestr(f"sandrun/{name}.py", (overrides or {}).get(name, source))
+    return sealed(buffer.getvalue(), "code")
+
+
+def sealed(data: bytes, name: str) -> int:
+    """A memory file that nobody can change any more, at its beginning. memfd_create(2), fcntl(2) "File Sealing"."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    fcntl.fcntl(
+        descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    )
+    return descriptor
+
+
+def start(recipe: Recipe, archive: int, cgroup: Cgroup | None) -> Zygote:
+    """Start a zygote; it says WARM, or REFUSED, on its connection when it is ready. `archive` is `make_archive`'s.
+
+    Raises: SetupError if it cannot be started at all.
+    """
+    ours, theirs = protocol.pair()
+    parent, child = socket.socketpair()
+    entries = cgroup.entry_fds() if cgroup is not None else []
+    directory = cgroup.directory_fd() if cgroup is not None else None
+    config = sealed(
+        json.dumps({"name": recipe.name, "preload": recipe.preload, "nest": recipe.nest}).encode(), "config"
+    )
+    try:
+        pid, pidfd = process.clone3(NAMESPACES, cgroup_fd=directory)
+    except OSError as error:
+        protocol.close_all([config, *entries])
+        for end in (ours, theirs, parent, child):
+            end.close()
+        raise SetupError("zygote", error.errno or 0, f"{error}; a zygote needs {_flags_text()}") from None
+    if pid == 0:
+        parent.close()
+        ours.close()
+        _become(recipe, theirs, child, archive, config, entries)
+    protocol.close_all([config, *entries])
+    theirs.close()
+    child.close()
+    try:
+        if parent.recv(1) == b"u":
+            _write_maps(pid, recipe.uid_base)
+            parent.send(b"m")
+    except OSError as error:
+        ours.close()
+        os.close(pidfd)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise SetupError("zygote id maps", error.errno or 0, str(error)) from None
+    finally:
+        parent.close()
+    return Zygote(pid, pidfd, ours)
+
+
+def _flags_text() -> str:
+    return "user, pid, mnt, net, ipc and uts namespaces"
+
+
+def _write_maps(pid: int, base: int | None) -> None:
+    if base is None:  # one uid: gid_map is EPERM unless setgroups(2) is given up first, user_namespaces(7)
+        files = (("setgroups", b"deny"), ("gid_map", b"0 %d 1" % os.getegid()), ("uid_map", b"0 %d 1" % os.geteuid()))
+    else:
+        ids = b"0 %d %d" % (base, IDS)
+        files = (("setgroups", b"allow"), ("gid_map", ids), ("uid_map", ids))
+    for name, data in files:
+        descriptor = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, data)
+        except OSError as error:
+            raise OSError(error.errno or 0, f"/proc/PID/{name}: {os.strerror(error.errno or 0)}") from None
+        finally:
+            os.close(descriptor)
+
+
+def _become(
+    recipe: Recipe, connection: socket.socket, sync: socket.socket, archive: int, config: int, entries: list[int]
+) -> NoReturn:
+    step = "zygote start"
+    try:
+        for entry in entries:
+            os.write(entry, b"0")
+        os.setsid()
+        step = "zygote sources"
+        sources = rootfs.open_sources(recipe.rootfs, recipe.environment)
+        step = "zygote id maps"
+        sync.send(b"u")
+        if sync.recv(1) != b"m":
+            os._exit(1)
+        if recipe.uid_base is not None:
+            os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        process.set_parent_death_signal(signal.SIGKILL)  # after the last change of ids, which clears it
+        step = "zygote root"
+        rootfs.build(sources)
+        step = "zygote start"
+        for number in range(1, signal.NSIG):
+            if number not in (signal.SIGKILL, signal.SIGSTOP) and number not in (32, 33):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.umask(0o022)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        _arrange([archive, config, connection.fileno()])
+        environment = {
+            "PATH": PATH,
+            "HOME": rootfs.WORK,
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": f"/proc/self/fd/{zygote.CODE}",
+            "OPENBLAS_NUM_THREADS": "1",  # a zygote with threads can neither fork safely nor unshare
+            "OMP_NUM_THREADS": "1",
+        }
+        os.execve(recipe.python, [recipe.python, script.MARKER], environment)
+    except BaseException as error:
+        _give_up(connection, step, error)
+
+
+def _arrange(descriptors: list[int]) -> None:
+    """Put `descriptors` at 3 and on and pipes at 0 to 2; everything else goes at exec or here.
+
+    Pipes, because the interpreter's standard streams are made when it starts: as for a job, neither terminals nor
+    files that can be sought in.
+    """
+    high = [os.dup2(descriptor, 100 + place, inheritable=True) for place, descriptor in enumerate(descriptors)]
+    reader, writer = os.pipe()
+    spare_reader, spare_writer = os.dup2(reader, 110), os.dup2(writer, 111)
+    for number, descriptor in enumerate((spare_reader, spare_writer, spare_writer)):
+        os.dup2(descriptor, number, inheritable=True)
+    for place, descriptor in enumerate(high):
+        os.dup2(descriptor, 3 + place, inheritable=True)
+    process.close_range(3 + len(high), 0xFFFFFFFF)
+
+
+def _give_up(connection: socket.socket, step: str, error: BaseException) -> NoReturn:
+    try:
+        protocol.send(connection, protocol.encode_refused(0, messages.failure(step, error)))
+    finally:
+        os._exit(1)
+
+
+def choose_uid_base(uid_map: str, wanted: int, zygotes: int) -> int:
+    """First host id of `zygotes` ranges of IDS ids: `wanted` if the own map has them, else at its end.
+
+    `uid_map` is the text of /proc/self/uid_map: a server in a container is root over a part of the host's ids only.
+    Raises: SetupError if there is no room.
+    """
+    need = IDS * zygotes
+    best = (0, 0)
+    for line in uid_map.splitlines():
+        inside, _, count = (int(word) for word in line.split())
+        if inside <= wanted and wanted + need <= inside + count:
+            return wanted
+        best = max(best, (count, inside))
+    count, inside = best
+    if count < need + IDS:
+        raise SetupError("uid range", 0, f"root here has {count} ids; {need + IDS} are needed (user_namespaces(7))")
+    return (inside + count - need) // IDS * IDS

@@ -1,0 +1,634 @@
+"""The spawner: makes, limits, accounts and ends sandboxes. Privileged, one thread, standard library only.
+
+It reads nothing that a client sent: wishes, files and input pass through as descriptors, what was measured inside a
+sandbox as bytes. When api is gone, everything it had started is ended and the spawner goes too.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sandrun.errors import MissingLayer, ProtocolError, SandrunError, SetupError
+from sandrun.linux import cgroup, landlock, process
+from sandrun.sandbox import messages, policy, report, rootfs
+from sandrun.spawner import interpreters, nursery, protocol
+from sandrun.spawner.box import CANCELLED, SETUP_FAILED, WORKER_LOST, Box
+
+WARM_SECONDS = 60.0
+"""How long a zygote may take to load its modules."""
+TEST_SECONDS = 20.0
+RESTARTS = 3
+"""Zygotes of one environment that may die in RESTART_SECONDS before it is withdrawn."""
+RESTART_SECONDS = 30.0
+SPARE_BYTES = 32 << 20
+"""What a job's memory limit has beside its tmpfs: a full one is ENOSPC, not the end of the job."""
+FIRST_SLOT, SLOTS = 1, 16384
+
+
+class Settings(NamedTuple):
+    """What the spawner is told.
+
+    Attributes:
+        waived: layers that may be missing.
+        environments: name -> folder on the host.
+        uid_base: first host id of the sandboxes, in root mode.
+    """
+
+    waived: frozenset[str]
+    rootfs: str
+    uid_base: int
+    interpreters: tuple[str, ...]
+    environments: dict[str, str]
+    overrides: dict[str, bytes] = {}  # noqa: RUF012  modules that a test replaces inside zygotes
+
+
+class Timer:
+    """A call at a time of CLOCK_MONOTONIC. Cancelled ones stay in the heap until their time."""
+
+    __slots__ = ("call", "when")
+
+    def __init__(self, when: float, call: Callable[[], None]) -> None:
+        self.when = when
+        self.call: Callable[[], None] | None = call
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.when < other.when
+
+
+class Tenant:
+    """An environment and its zygote."""
+
+    def __init__(self, name: str, recipe: nursery.Recipe, group: cgroup.Group | None) -> None:
+        self.name = name
+        self.recipe = recipe
+        self.group = group
+        self.zygote: nursery.Zygote | None = None
+        self.warm = False
+        self.withdrawn = ""
+        self.facts: dict[str, Any] = {}
+        self.namespaces: dict[str, int] = {}
+        self.deaths: list[float] = []
+        self.waiting: list[tuple[protocol.Start, list[int], Callable[[protocol.Ended], None] | None]] = []
+        self.boxes: dict[int, Box] = {}
+        self.deadline: Timer | None = None
+
+    @property
+    def shared_uid(self) -> bool:
+        return self.recipe.uid_base is None
+
+    def ids(self, slot: int) -> tuple[int, int]:
+        """Init's and the job's id in the zygote's user namespace."""
+        return (0, 0) if self.shared_uid else (2 * slot, 2 * slot + 1)
+
+    def host_id(self, slot: int) -> int:
+        return os.geteuid() if self.recipe.uid_base is None else self.recipe.uid_base + self.ids(slot)[1]
+
+
+class Server:
+    """`run` serves one api until it is gone."""
+
+    def __init__(self, connection: socket.socket, settings: Settings) -> None:
+        self.connection = connection
+        self.settings = settings
+        self.epoll = select.epoll()
+        self.handlers: dict[int, Callable[[], None]] = {}
+        self.timers: list[Timer] = []
+        self.boxes: dict[int, Box] = {}
+        self.tickets: dict[int, Box] = {}
+        self.free = list(range(FIRST_SLOT, SLOTS))
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.testing = 0
+        self.outbox: list[bytes] = []
+        self.stopping = False
+        self.waived = settings.waived
+        self.cores = len(os.sched_getaffinity(0))
+        self.namespaces = report.read_namespaces("/proc/self")
+        self.swap_closed = True
+
+    # ---- the loop ------------------------------------------------------------------------------------------
+
+    def watch(self, descriptor: int, handler: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        self.handlers[descriptor] = handler
+        self.epoll.register(descriptor, events)
+
+    def unwatch(self, descriptor: int) -> None:
+        if self.handlers.pop(descriptor, None) is not None:
+            self.epoll.unregister(descriptor)
+
+    def at(self, when: float, call: Callable[[], None]) -> Timer:
+        timer = Timer(when, call)
+        heapq.heappush(self.timers, timer)
+        return timer
+
+    def drop(self, timer: Timer | None) -> None:
+        if timer is not None:
+            timer.call = None
+
+    def turn(self) -> None:
+        """Wait for something to happen, and see to it."""
+        while self.timers and (self.timers[0].call is None or self.timers[0].when <= time.monotonic()):
+            if (call := heapq.heappop(self.timers).call) is not None:
+                call()
+        wait = max(0.0, self.timers[0].when - time.monotonic()) if self.timers else -1
+        for descriptor, _ in self.epoll.poll(wait):
+            handler = self.handlers.get(descriptor)
+            if handler is not None:
+                handler()
+
+    def log(self, text: str) -> None:
+        print(f"sandrun spawner: {text}", file=sys.stderr, flush=True)
+
+    # ---- start and stop ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Prepare, tell api the FACTS, and serve. Raises: MissingLayer, SetupError if the host is not fit."""
+        with cgroup.Cgroups.create(self.waived) as self.cgroups:
+            self.cgroups.remove_leftovers()
+            self._prepare()
+            while any(not tenant.warm and not tenant.withdrawn for tenant in self.tenants):
+                self.turn()
+            if self.tenants[0].withdrawn:
+                raise SetupError(*_split(self.tenants[0].withdrawn))
+            self._test_interpreters()
+            while self.testing and not self.stopping:
+                self.turn()
+            self._judge_tests()
+            self._send(protocol.FACTS + json.dumps(self._facts()).encode())
+            self.connection.setblocking(False)
+            self.watch(self.connection.fileno(), self._on_api)
+            while not self.stopping:
+                self.turn()
+            self._end_all()
+
+    def _prepare(self) -> None:
+        settings = self.settings
+        root = os.geteuid() == 0
+        self.swap_closed = self.cgroups.swap_closed() if self.cgroups.mode != "none" else not cgroup.swap_active()
+        if not self.swap_closed and "swap" not in self.waived:
+            raise MissingLayer("swap", "a job's memory could be swapped out to a disk", "swapoff -a, or use cgroup v2")
+        filters = {"job": b"", "init": b""}
+        self.policy: dict[str, Any] = {}
+        if "seccomp" not in self.waived:
+            jobs, init = policy.job_policy(), policy.init_policy()
+            filters = {"job": jobs.compile(), "init": init.compile()}
+            self.policy = {"digest": jobs.digest, "calls": jobs.count, "instructions": len(filters["job"]) // 8}
+        self.landlock = landlock.abi() if "landlock" not in self.waived else 0
+        self.namespace_flags = 0
+        for name, flag in report.NAMESPACE_FLAGS.items():
+            layer = {"mnt": "mount", "cgroup": "cgroupns"}.get(name, name)
+            if layer not in self.waived or os.path.exists(f"/proc/self/ns/{name}"):
+                self.namespace_flags |= flag
+        self.noswap = root and _takes_noswap()
+        self.interpreters = interpreters.find(settings.rootfs, settings.interpreters)
+        python = self.interpreters["python3"].argv[0]
+        count = len(settings.environments) + 1
+        base: int | None = None
+        if root:
+            with open("/proc/self/uid_map") as file:
+                base = nursery.choose_uid_base(file.read(), settings.uid_base, count)
+        self.archive = nursery.make_archive(settings.overrides)
+        core = 1 if _cores_are_piped() else 0
+        self.tenants: list[Tenant] = []
+        for number, (name, folder) in enumerate([("", None), *settings.environments.items()]):
+            inside = f"{rootfs.ENVIRONMENTS}/{name}" if name else ""
+            argvs = {key: list(found.argv) for key, found in self.interpreters.items()}
+            if name:
+                argvs["python3"] = [f"{inside}/bin/python3"]
+            recipe = nursery.Recipe(
+                name=name,
+                environment=folder,
+                rootfs=settings.rootfs,
+                python=argvs["python3"][0] if name else python,
+                preload=(),
+                uid_base=None if base is None else base + nursery.IDS * number,
+                nest={
+                    "job_filter": filters["job"].hex(),
+                    "init_filter": filters["init"].hex(),
+                    "landlock": self.landlock,
+                    "namespaces": self.namespace_flags,
+                    "shared_uid": base is None,
+                    "interpreters": argvs,
+                    "path": f"{inside}/bin:{nursery.PATH}" if name else nursery.PATH,
+                    "environment": inside,
+                    "core_limit": core,
+                },
+            )
+            group = self.cgroups.group(f"z{number}") if self.cgroups.mode != "none" else None
+            if group is not None and recipe.uid_base is not None:
+                group.chown(recipe.uid_base, recipe.uid_base)
+            tenant = Tenant(name, recipe, group)
+            self.tenants.append(tenant)
+            self._start_zygote(tenant)
+
+    def _end_all(self) -> None:
+        """Api is gone: end what runs, and leave nothing."""
+        for box in list(self.boxes.values()):
+            box.kill()
+        deadline = time.monotonic() + 5
+        while self.boxes and time.monotonic() < deadline:
+            self.at(time.monotonic() + 0.1, lambda: None)
+            self.turn()
+        for tenant in self.tenants:
+            if tenant.zygote is not None:
+                signal.pidfd_send_signal(tenant.zygote.pidfd, signal.SIGKILL)
+                os.waitpid(tenant.zygote.pid, 0)
+
+    # ---- zygotes -------------------------------------------------------------------------------------------
+
+    def _start_zygote(self, tenant: Tenant) -> None:
+        try:
+            zygote = nursery.start(tenant.recipe, self.archive, tenant.group.own if tenant.group else None)
+        except SetupError as error:
+            self._withdraw(tenant, f"{error.step}\0{error.errno}\0{error.details}")
+            return
+        tenant.zygote = zygote
+        tenant.warm = False
+        zygote.connection.setblocking(False)
+        self.watch(zygote.connection.fileno(), lambda: self._on_zygote(tenant))
+        self.watch(zygote.pidfd, lambda: self._on_zygote_death(tenant))
+        tenant.deadline = self.at(
+            time.monotonic() + WARM_SECONDS, lambda: signal.pidfd_send_signal(zygote.pidfd, signal.SIGKILL)
+        )
+
+    def _on_zygote(self, tenant: Tenant) -> None:
+        zygote = tenant.zygote
+        if zygote is None:
+            return
+        try:
+            message, descriptors = protocol.receive(zygote.connection, protocol.FACTS_BYTES, 1)
+            kind = message[:1]
+            if not message:
+                self.unwatch(zygote.connection.fileno())  # its pidfd tells the rest
+            elif kind == protocol.WARM and not tenant.warm:
+                tenant.facts = json.loads(message[1:])
+                tenant.namespaces = report.read_namespaces(f"/proc/{zygote.pid}")
+                if self.namespace_flags & process.CLONE_NEWCGROUP:
+                    tenant.namespaces["cgroup"] = -1  # the host's; compared with that already
+                tenant.warm = True
+                self.drop(tenant.deadline)
+                waiting, tenant.waiting = tenant.waiting, []
+                for start, fds, done in waiting:
+                    self._start(tenant, start, fds, done)
+            elif kind == protocol.SPAWNED and descriptors:
+                slot = protocol.decode_spawned(message)
+                box = tenant.boxes.get(slot)
+                if box is None or box.pidfd >= 0:
+                    raise ProtocolError(f"SPAWNED for slot {slot}, which waits for none")
+                box.spawned(descriptors.pop())
+            elif kind == protocol.REFUSED:
+                slot, failure = protocol.decode_refused(message)
+                box = tenant.boxes.get(slot)
+                if box is not None:
+                    box.failed = box.failed or failure
+                    box.bury()
+                else:
+                    tenant.facts = {"failure": failure.decode(errors="replace")}
+            else:
+                raise ProtocolError(f"unexpected message {kind!r}")
+            protocol.close_all(descriptors)
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError, ValueError) as error:
+            self.log(f"zygote {tenant.name or 'bare'}: {error}")
+            signal.pidfd_send_signal(zygote.pidfd, signal.SIGKILL)
+
+    def _on_zygote_death(self, tenant: Tenant) -> None:
+        """PID 1 of its namespace is dead, and with it all its sandboxes."""
+        zygote = tenant.zygote
+        if zygote is None:
+            return
+        self._on_zygote(tenant)  # what it said last
+        tenant.zygote = None
+        self.unwatch(zygote.pidfd)
+        self.unwatch(zygote.connection.fileno())
+        zygote.connection.close()
+        os.close(zygote.pidfd)
+        _, status = os.waitpid(zygote.pid, 0)
+        self.drop(tenant.deadline)
+        for box in list(tenant.boxes.values()):
+            if box.exited is None and box.reason is None:
+                box.reason = WORKER_LOST
+            if box.pidfd < 0 and not box.dead:
+                box.bury()
+        was_warm, tenant.warm = tenant.warm, False
+        if self.stopping:
+            return
+        now = time.monotonic()
+        tenant.deaths = [when for when in tenant.deaths if when > now - RESTART_SECONDS] + [now]
+        failure = str(tenant.facts.pop("failure", "")) or f"zygote\0000\0it died with status {status} while starting"
+        if not was_warm or len(tenant.deaths) > RESTARTS:
+            self._withdraw(tenant, failure if not was_warm else f"zygote\0000\0it died {RESTARTS + 1} times")
+        else:
+            self.log(f"zygote {tenant.name or 'bare'} died (status {status}); starting another")
+            self._start_zygote(tenant)
+
+    def _withdraw(self, tenant: Tenant, failure: str) -> None:
+        tenant.withdrawn = failure
+        step, _, details = _split(failure)
+        self.log(f"environment {tenant.name or 'bare'} is withdrawn: {step}: {details}")
+        waiting, tenant.waiting = tenant.waiting, []
+        for start, fds, done in waiting:
+            protocol.close_all(fds)
+            self._refuse(start, failure.encode(), done)
+
+    # ---- jobs ----------------------------------------------------------------------------------------------
+
+    def _on_api(self) -> None:
+        try:
+            for _ in range(32):
+                message, descriptors = protocol.receive(
+                    self.connection, protocol.START_BYTES, protocol.START_DESCRIPTORS
+                )
+                if not message:
+                    self.stopping = True
+                    return
+                try:
+                    self._handle(message, descriptors)
+                except BaseException:
+                    protocol.close_all(descriptors)
+                    raise
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError) as error:
+            self.log(f"api: {error}; giving it up")
+            self.stopping = True
+
+    def _handle(self, message: bytes, descriptors: list[int]) -> None:
+        kind = message[:1]
+        if kind == protocol.START and len(descriptors) == protocol.START_DESCRIPTORS:
+            start = protocol.Start.decode(message)
+            if start.environment >= len(self.tenants) or start.ticket in self.tickets:
+                raise ProtocolError("START names no environment, or a ticket in use")
+            self._start(self.tenants[start.environment], start, descriptors, None)
+        elif kind == protocol.CANCEL and not descriptors:
+            box = self.tickets.get(protocol.decode_cancel(message))
+            if box is not None:
+                box.end(CANCELLED)
+        else:
+            raise ProtocolError(f"unexpected message {kind!r} with {len(descriptors)} descriptors")
+
+    def _start(
+        self,
+        tenant: Tenant,
+        start: protocol.Start,
+        descriptors: list[int],
+        done: Callable[[protocol.Ended], None] | None,
+    ) -> None:
+        """Build a sandbox. Takes over `descriptors`: spec, archive, stdin, stdout, stderr, outputs."""
+        if tenant.withdrawn:
+            protocol.close_all(descriptors)
+            self._refuse(start, tenant.withdrawn.encode(), done)
+            return
+        if not tenant.warm or tenant.zygote is None:
+            tenant.waiting.append((start, descriptors, done))
+            return
+        slot = heapq.heappop(self.free)
+        step = "cgroup"
+        made: cgroup.Cgroup | None = None
+        box: Box | None = None
+        extra: list[int] = []
+        try:
+            flags = protocol.COLLECT if start.collect else 0
+            if tenant.group is not None:
+                made = tenant.group.create(f"j{slot}")
+                step = "limits"
+                made.set_limits(start.memory_bytes, start.processes + 1)
+            step = "storage"
+            storage_bytes = start.memory_bytes - SPARE_BYTES
+            if not tenant.shared_uid:
+                extra.append(
+                    rootfs.new_storage(storage_bytes, owner=tenant.recipe.uid_base or 0, noswap=self.noswap)
+                )
+                flags |= protocol.HAS_STORAGE
+            entries: list[int] = []
+            shared: list[int] = []
+            if made is not None:
+                step = "cgroup"
+                directory = made.directory_fd()
+                if directory is not None:
+                    shared.append(directory)
+                    flags |= protocol.HAS_CGROUP
+                entries = made.entry_fds()
+                extra += entries
+            step = "sockets"
+            box = Box(self, tenant, slot, start, made)
+            box.done = done
+            self.boxes[slot] = self.tickets[start.ticket] = tenant.boxes[slot] = box
+            step = "oom notice"
+            box.watch_memory()
+            step = "spawn"
+            init_id, job_id = tenant.ids(slot)
+            spawn = protocol.Spawn(flags, len(entries), slot, init_id, job_id, storage_bytes)
+            ends = [end.fileno() for end in box.theirs]
+            storage = extra[: len(extra) - len(entries)]
+            tenant.zygote.connection.setblocking(True)  # a full socket: the zygote is a moment behind
+            try:
+                protocol.send(
+                    tenant.zygote.connection, spawn.encode(), [*ends, *descriptors, *storage, *shared, *entries]
+                )
+            finally:
+                tenant.zygote.connection.setblocking(False)
+            box.close_theirs()
+        except OSError as error:
+            failure = messages.failure(step, error)
+            if box is not None:
+                box.failed = failure
+                box.bury()
+            else:
+                if made is not None:
+                    made.remove()
+                heapq.heappush(self.free, slot)
+                self._refuse(start, failure, done)
+        finally:
+            protocol.close_all([*descriptors, *extra])
+
+    def _refuse(
+        self, start: protocol.Start, failure: bytes, done: Callable[[protocol.Ended], None] | None
+    ) -> None:
+        ended = protocol.Ended(
+            start.ticket, SETUP_FAILED, protocol.UNKNOWN, 0, 0, 0, protocol.UNKNOWN, protocol.UNKNOWN,
+            protocol.UNKNOWN, b"", failure,
+        )  # fmt: skip
+        (done or self._tell_ended)(ended)
+
+    def tell_started(self, box: Box) -> None:
+        if box.done is None:
+            self._send(protocol.encode_started(box.start.ticket))
+
+    def finished(self, box: Box) -> None:
+        """Nothing of `box` is left."""
+        del self.boxes[box.slot], self.tickets[box.start.ticket], box.tenant.boxes[box.slot]
+        heapq.heappush(self.free, box.slot)
+        (box.done or self._tell_ended)(box.verdict())
+
+    def _tell_ended(self, ended: protocol.Ended) -> None:
+        self._send(ended.encode())
+
+    def _send(self, message: bytes) -> None:
+        """To api, in order; what its socket does not take now goes soon."""
+        self.outbox.append(message)
+        self._flush()
+
+    def _flush(self) -> None:
+        while self.outbox and not self.stopping:
+            try:
+                self.connection.send(self.outbox[0])
+            except BlockingIOError:
+                self.at(time.monotonic() + 0.002, self._flush)
+                return
+            except OSError:
+                self.stopping = True
+                return
+            self.outbox.pop(0)
+
+    # ---- what is offered -----------------------------------------------------------------------------------
+
+    def _test_interpreters(self) -> None:
+        """Run 6 * 7 in each interpreter, in a sandbox like any other. What does not answer 42 is not offered."""
+        ticket = 1 << 63
+        for tenant in self.tenants:
+            if tenant.withdrawn:
+                continue
+            for name, found in self.interpreters.items():
+                if tenant.name and name != "python3":
+                    continue
+                ticket += 1
+                self._test(tenant, name, found, ticket)
+
+    def _test(self, tenant: Tenant, name: str, found: interpreters.Interpreter, ticket: int) -> None:
+        entrypoint = f"test{found.extension}"
+        wishes = {
+            "entrypoint": entrypoint, "interpreter": name, "args": [], "env": {}, "outputs": None, "fresh": False,
+        }  # fmt: skip
+        out_reader, out_writer = os.pipe2(os.O_CLOEXEC)
+        err_reader, err_writer = os.pipe2(os.O_CLOEXEC)
+        descriptors = [
+            nursery.sealed(json.dumps(wishes).encode(), "spec"),
+            nursery.sealed(interpreters.make_archive(entrypoint, found.test), "archive"),
+            os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC),
+            out_writer,
+            err_writer,
+            os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC),
+        ]
+        start = protocol.Start(
+            environment=self.tenants.index(tenant), processes=100, collect=False, ticket=ticket, tag=0,
+            memory_bytes=512 << 20, wall_ms=round(TEST_SECONDS * 1000), cpu_ms=0,
+        )  # fmt: skip
+
+        def done(ended: protocol.Ended) -> None:
+            self.testing -= 1
+            said, complained = _drain(out_reader), _drain(err_reader)
+            good = ended.outcome == 0 and ended.exit_code == 0 and said == interpreters.EXPECTED
+            reason = ""
+            if not good:
+                step, number, text = messages.read_failure(ended.inside) if ended.outcome == SETUP_FAILED else ("", 0, "")
+                reason = (
+                    f"{step}: {text} (errno {number})" if step
+                    else f"{protocol.OUTCOMES[ended.outcome]}, exit code {ended.exit_code}: {complained.decode(errors='replace')[:300]}"
+                )  # fmt: skip
+            self.tests[f"{tenant.name}/{name}"] = {"available": good, "reason": reason, "ended": ended}
+
+        self.testing += 1
+        self._start(tenant, start, descriptors, done)
+
+    def _judge_tests(self) -> None:
+        """Raises: SetupError if not even the bare python3 runs: then no sandbox can be built here."""
+        for tenant in self.tenants:
+            test = self.tests.get(f"{tenant.name}/python3")
+            if test is None or test["available"]:
+                continue
+            ended = test["ended"]
+            if not tenant.name:
+                step, number, text = messages.read_failure(ended.inside)
+                if ended.outcome == SETUP_FAILED:
+                    raise SetupError(step, number, text)
+                raise SetupError("self-test", 0, str(test["reason"]))
+            tenant.withdrawn = f"self-test\0000\0{test['reason']}"
+
+    def _facts(self) -> dict[str, Any]:
+        offered: dict[str, dict[str, Any]] = {}
+        for name, found in self.interpreters.items():
+            test = self.tests.get(f"/{name}", {"available": False, "reason": "not tested"})
+            offered[name] = {"path": found.argv[0] if found.argv else "", "available": test["available"]}
+            if test["reason"]:
+                offered[name]["reason"] = test["reason"]
+        environments: dict[str, dict[str, Any]] = {}
+        for tenant in self.tenants:
+            facts = {key: tenant.facts.get(key) for key in ("python", "in_place", "modules")}
+            if tenant.facts.get("reason"):
+                facts["in_place_reason"] = tenant.facts["reason"]
+            environments[tenant.name] = {"available": not tenant.withdrawn, **facts}
+            if tenant.withdrawn:
+                step, _, details = _split(tenant.withdrawn)
+                environments[tenant.name]["reason"] = f"{step}: {details}"
+        return {
+            "interpreters": offered,
+            "environments": environments,
+            "isolation": {
+                "cgroup": self.cgroups.mode,
+                "waived": sorted(self.waived),
+                "uid": "shared" if self.tenants[0].shared_uid else "own",
+                "uid_base": self.tenants[0].recipe.uid_base,
+                "filter": self.policy,
+                "landlock": self.landlock,
+                "swap_closed": self.swap_closed,
+                "noswap": self.noswap,
+            },
+            "cores": self.cores,
+            "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        }
+
+
+def _split(failure: str) -> tuple[str, int, str]:
+    return messages.read_failure(failure.encode())
+
+
+def _drain(reader: int) -> bytes:
+    """What a test wrote; all its processes are dead, so the end is there."""
+    os.set_blocking(reader, False)
+    try:
+        return os.read(reader, 65536)
+    except BlockingIOError:
+        return b""
+    finally:
+        os.close(reader)
+
+
+def _takes_noswap() -> bool:
+    try:
+        os.close(rootfs.new_storage(1 << 20, owner=0, noswap=True))
+    except OSError:
+        return False
+    return True
+
+
+def _cores_are_piped() -> bool:
+    try:
+        with open("/proc/sys/kernel/core_pattern") as file:
+            return file.read().startswith("|")
+    except OSError:
+        return True
+
+
+def run(connection: socket.socket, settings: Settings) -> int:
+    """The spawner's process. Returns: its exit status; what was wrong is on stderr."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # api's end ends it
+    process.set_parent_death_signal(signal.SIGKILL)
+    process.set_title("sandrun: spawner")
+    try:
+        Server(connection, settings).run()
+    except SandrunError as error:
+        print(f"sandrun: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0

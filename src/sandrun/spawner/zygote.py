@@ -1,0 +1,158 @@
+"""A zygote: a warm interpreter, PID 1 of its own PID namespace and uid 0 of its own user namespace, in a private
+read-only root. It forks sandboxes and sees no job's data. Everything here runs inside `import sitecustomize` of
+`python3 MARKER` (see `sandbox.script`), so returning from `main` is what runs a job's script."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import signal
+import socket
+import sys
+
+from sandrun.linux import process
+from sandrun.sandbox import init, messages, rootfs, script
+from sandrun.sandbox.spec import INIT_UID, JOB_UID, Nest, Spec
+from sandrun.spawner import protocol
+
+CODE, CONFIG, SOCKET = 3, 4, 5
+"""Descriptors that the spawner hands over."""
+
+WARM_UP = """
+class Warm:
+    def __init__(self, n): self.n = n
+    def __repr__(self): return f"<{self.n:>4}>"
+try:
+    total = sum(i * i for i in range(10)); names = {str(i): [i, Warm(i)] for i in range(5)}
+    print(total, names, sep="\\n", file=out); raise ValueError("warm")
+except ValueError as error:
+    print(repr(error), file=out)
+"""
+
+
+def main() -> None:
+    """Serve until the spawner is gone. Returns only in a job's process."""
+    connection = socket.socket(fileno=SOCKET)
+    try:
+        process.set_parent_death_signal(signal.SIGKILL)
+        with open(CONFIG, "rb") as file:
+            config = json.loads(file.read())
+        process.set_title(f"sandrun: zygote {config['name'] or 'bare'}")
+        process.set_name("sandrun-zygote")
+        nest = _make_nest(config)
+        facts = _prepare(config)
+        protocol.send(connection, protocol.WARM + json.dumps(facts).encode())
+    except BaseException as error:
+        protocol.send(connection, protocol.encode_refused(0, messages.failure("zygote", error)))
+        os._exit(1)
+    try:
+        _serve(connection, nest)
+    except BaseException as error:
+        os.write(2, f"zygote: {type(error).__name__}: {error}\n".encode())
+        os._exit(1)
+
+
+def _make_nest(config: dict[str, object]) -> Nest:
+    wanted = dict(config["nest"])  # type: ignore[call-overload]
+    for name in ("job_filter", "init_filter"):
+        wanted[name] = bytes.fromhex(wanted[name])
+    return Nest(masked=rootfs.find_masked(), **wanted)
+
+
+def _prepare(config: dict[str, object]) -> dict[str, object]:
+    """Load what jobs shall find loaded, and run the paths they take once: a page touched here is not copied there."""
+    reason = ""
+    try:
+        script.find()
+    except LookupError as error:
+        reason = str(error)
+    for name in config["preload"]:  # type: ignore[attr-defined]
+        __import__(name)
+    for _ in range(2):
+        exec(compile(WARM_UP, "<warm>", "exec"), {"__name__": "__main__", "out": io.StringIO()})  # noqa: S102
+    os.environ.pop("PYTHONPATH", None)
+    gc.collect()
+    gc.freeze()
+    modules = sorted(n for n in sys.modules if not n.startswith(("sandrun", "sitecustomize", "__main__")))
+    return {
+        "python": sys.version.split()[0],
+        "in_place": script.ready(),
+        "reason": reason,
+        "modules": modules,
+    }
+
+
+def _serve(connection: socket.socket, nest: Nest) -> None:
+    signal.signal(signal.SIGCHLD, _reap)
+    while True:
+        message, descriptors = protocol.receive(connection, 64, protocol.MAX_DESCRIPTORS)
+        if not message:
+            os._exit(0)
+        spawn = protocol.Spawn.decode(message)
+        if len(descriptors) != spawn.descriptors:
+            os._exit(1)
+        try:
+            if _spawn(connection, nest, spawn, descriptors):
+                return
+        except OSError as error:
+            protocol.send(connection, protocol.encode_refused(spawn.slot, messages.failure("clone3", error)))
+        protocol.close_all(descriptors)
+
+
+def _reap(number: int, frame: object) -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _spawn(connection: socket.socket, nest: Nest, spawn: protocol.Spawn, descriptors: list[int]) -> bool:
+    """Fork a sandbox's init. Returns True only in a job's process that is to run in this interpreter."""
+    has_storage = bool(spawn.flags & protocol.HAS_STORAGE)
+    has_cgroup = bool(spawn.flags & protocol.HAS_CGROUP)
+    cgroup = descriptors[protocol.SPAWN_FIXED_DESCRIPTORS + has_storage] if has_cgroup else None
+    ours, theirs = socket.socketpair()
+    try:
+        pid, pidfd = process.clone3(process.CLONE_NEWPID, cgroup_fd=cgroup)
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            spec = Spec(
+                nest,
+                slot=spawn.slot,
+                init_id=spawn.init_id,
+                job_id=spawn.job_id,
+                storage_bytes=spawn.storage_bytes,
+                collect=bool(spawn.flags & protocol.COLLECT),
+                descriptors=descriptors,
+                has_storage=has_storage,
+                has_cgroup=has_cgroup,
+            )
+            ours.close()
+            connection.detach()  # closed by number, with everything else that is foreign
+            spec.sync = theirs.detach()
+            init.be_init(spec)
+            return True
+        theirs.close()
+        protocol.send(connection, protocol.encode_spawned(spawn.slot), [pidfd])
+        os.close(pidfd)
+        if not nest.shared_uid and ours.recv(1) == b"u":
+            _write_maps(pid, spawn)
+            ours.send(b"m")
+    finally:
+        ours.close()
+        theirs.close()
+    return False
+
+
+def _write_maps(pid: int, spawn: protocol.Spawn) -> None:
+    """Give a sandbox's user namespace its two ids. The pid cannot be another's: its process waits for us, unreaped."""
+    ids = b"%d %d 1\n%d %d 1\n" % (INIT_UID, spawn.init_id, JOB_UID, spawn.job_id)
+    for name, data in (("setgroups", b"deny"), ("gid_map", ids), ("uid_map", ids)):
+        descriptor = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
