@@ -76,16 +76,17 @@ class Input:
     Attributes:
         archive_fd, stdin_fd: sealed; -1 when closed, `stdin_fd` None for no input.
         spec: JSON for init, opaque to the spawner.
-        size: bytes of RAM that it takes.
+        archive_bytes, stdin_bytes: the RAM that they take.
     """
 
-    __slots__ = ("archive_fd", "size", "spec", "stdin_fd")
+    __slots__ = ("archive_bytes", "archive_fd", "spec", "stdin_bytes", "stdin_fd")
 
-    def __init__(self, archive_fd: int, size: int) -> None:
+    def __init__(self, archive_fd: int = -1, archive_bytes: int = 0) -> None:
         self.archive_fd = archive_fd
+        self.archive_bytes = archive_bytes
         self.stdin_fd: int | None = None
+        self.stdin_bytes = 0
         self.spec = b""
-        self.size = size
 
     def close(self) -> None:
         if self.archive_fd >= 0:
@@ -190,9 +191,16 @@ class Job:
         return digest_of(self.isolation)
 
     def unpacked(self) -> None:
-        """The sandbox holds the files now, charged to the job's own memory."""
-        self.account.give_back(self.given.size)
-        self.given.size = 0
+        """The sandbox has made files of the archive, in the job's own memory, and closed it."""
+        self.account.give_back(self.given.archive_bytes)
+        self.given.archive_bytes = 0
+
+    def release_input(self) -> None:
+        """Nobody needs what the client sent any more."""
+        self.given.close()
+        self.unpacked()
+        self.account.give_back(self.given.stdin_bytes)
+        self.given.stdin_bytes = 0
 
     async def wait_ended(self, seconds: float | None = None) -> bool:
         """Until the job has ended or is erased, at most `seconds`. Returns whether it has."""

@@ -160,7 +160,7 @@ class JobService:
         held = account or self._store.open(client)
         with self._admission(client, given, held):
             if account is None:
-                held.take(given.size)
+                held.take(given.archive_bytes)
             known: Manifest | bytes | None = manifest_bytes
             if manifest_bytes is not None and len(manifest_bytes) <= SMALL_BYTES:
                 known = parse_manifest(manifest_bytes, self.config.ceilings)
@@ -186,12 +186,12 @@ class JobService:
         Raises: InvalidInput; Overloaded, also when it was not its turn within `run_queue_seconds`.
         """
         self._refuse_missing(request.manifest)
-        given = Input(-1, 0)
+        given = Input()
         account = self._store.open(client)
         with self._admission(client, given, account):
             pack = partial(pack_request, given, request)
             inputs = pack() if request.size <= SMALL_BYTES else await self._checks.run(client, pack)
-            account.take(given.size)
+            account.take(given.archive_bytes)
             job = self._make(client, request.manifest, given, account, inputs, keep=request.keep)
         self._enqueue(job)
         if job.status is Status.QUEUED:
@@ -314,7 +314,7 @@ class JobService:
                 "fresh": manifest.fresh_interpreter,
             }
         ).encode()
-        account.take(len(given.spec) + len(manifest.stdin))
+        account.take(len(given.spec) + given.stdin_bytes)
         return Job(client, manifest, given, account, inputs, keep=keep)
 
     def _enqueue(self, job: Job) -> None:
@@ -395,8 +395,7 @@ class JobService:
 
     def _conclude(self, job: Job, ended: Ended) -> None:
         """The verdict: what is told of the job from now on."""
-        job.given.close()
-        job.unpacked()
+        job.release_input()
         job.stdout.end()
         job.stderr.end()
         job.outcome = ended.outcome
@@ -455,7 +454,7 @@ def pack_request(given: Input, request: RunRequest) -> tuple[InputFile, ...]:
     check_room(request.manifest, sum(map(len, request.files.values())))
     archive = build_archive(request.files)
     given.archive_fd = sealed("archive", archive)
-    given.size = len(archive)
+    given.archive_bytes = len(archive)
     add_stdin(given, request.manifest)
     return tuple(
         InputFile(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -477,6 +476,7 @@ def check_room(manifest: Manifest, unpacked_bytes: int) -> None:
 def add_stdin(given: Input, manifest: Manifest) -> None:
     if manifest.stdin:
         given.stdin_fd = sealed("stdin", manifest.stdin)
+        given.stdin_bytes = len(manifest.stdin)
 
 
 def describe(job: Job, position: int | None, *, logs: bool) -> JobResult:
