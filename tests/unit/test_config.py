@@ -16,7 +16,7 @@ from sandrun.jobs.config import JobsConfig
 from sandrun.model import Ceilings
 
 
-def loaded(toml: str = "", flags: dict[str, Any] | None = None, tmp: Path | None = None, **environ: str) -> Config:
+def loaded(toml: str | None = None, flags: dict[str, Any] | None = None, tmp: Path | None = None, **environ: str) -> Config:
     file = None
     if toml and tmp:
         path = tmp / "sandrun.toml"
@@ -87,7 +87,7 @@ def test_flags_go_over_environment_over_file(tmp_path: Path) -> None:
 )
 def test_a_bad_value_is_refused_by_key_origin_and_range(environ: dict[str, str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as refusal:
-        loaded(**environ)
+        loaded(None, None, None, **environ)
     message = str(refusal.value)
     assert all(word in message for word in words), message
     assert message.isprintable()

@@ -103,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SandrunError, OSError) as error:
         complain(sentence(error))
         return failed
+    except Exception:  # a mistake of ours, but `run` must not look as if the job had exited with 1
+        import traceback
+
+        traceback.print_exc()
+        return failed
 
 
 def overview() -> str:

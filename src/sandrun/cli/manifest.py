@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import stat
 import sys
 from typing import Any
 
 from sandrun.errors import InvalidInput
-from sandrun.model import MANIFEST_BYTES, parse_json, show
+from sandrun.model import ARCHIVE_BYTES, MANIFEST_BYTES, parse_json, show
+
+MANIFEST_NAME = "job.json"
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -63,6 +68,43 @@ def fields(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         "fresh_interpreter": args.fresh_interpreter or None,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def collect(args: argparse.Namespace, source: str, words: list[str]) -> dict[str, Any]:
+    """The manifest: `--manifest`, else `job.json` in a directory, and the flags over it.
+
+    Raises: InvalidInput; OSError if a file cannot be read.
+    """
+    own = os.path.join(source, MANIFEST_NAME)
+    found = {}
+    if args.manifest:
+        found = read_file(args.manifest)
+    elif os.path.isfile(own):
+        found = read_file(own)
+    return {**found, **fields(args, words)}
+
+
+def load_source(source: str, given: dict[str, Any]) -> bytes:
+    """The archive to send. A single file becomes the entrypoint in `given`."""
+    from sandrun.client.pack import pack_directory, pack_files
+
+    mode = os.stat(source).st_mode
+    if stat.S_ISDIR(mode):
+        if "entrypoint" not in given:
+            where = show(os.path.join(source, MANIFEST_NAME), 200)
+            raise InvalidInput("entrypoint", f"is missing; --entrypoint PATH names it, or {where}")
+        return pack_directory(source)
+    if not stat.S_ISREG(mode):
+        raise InvalidInput("source", f"{show(source, 200)} is neither a file nor a directory")
+    with open(source, "rb") as stream:
+        content = stream.read(ARCHIVE_BYTES + 1)
+    if len(content) > ARCHIVE_BYTES:
+        raise InvalidInput("source", f"{show(source, 200)} is larger than {ARCHIVE_BYTES >> 20} MiB")
+    if source.endswith(ARCHIVES):
+        return content
+    name = os.path.basename(source)
+    given.setdefault("entrypoint", name)
+    return pack_files({name: content}, executable=(name,) if mode & 0o111 else ())
 
 
 def read_file(path: str) -> dict[str, Any]:
