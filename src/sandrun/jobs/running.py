@@ -31,7 +31,7 @@ class Running:
         self._finished = finished
         self._ended: Ended | None = None
         self._collected = Collected(job)
-        self._readers = (
+        self._readers: tuple[PipeReader, ...] = (
             PipeReader(loop, sandbox.stdout, job.stdout.append, self._at_end),
             PipeReader(loop, sandbox.stderr, job.stderr.append, self._at_end),
             PipeReader(loop, sandbox.outputs, self._collected.take, self._at_end),
@@ -69,6 +69,7 @@ class Running:
 
     def _finish(self) -> None:
         assert self._ended is not None
+        self._readers = ()  # they refer back here: without this only the garbage collector would let go of the job
         self._collected.end()
         self._finished(self._job, self._ended)
 
