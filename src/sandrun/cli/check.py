@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args)
-    from sandrun.sandbox.hostcheck import check
+    from sandrun.spawner.hostcheck import check
 
     findings = check(config)
     good = all(finding.ok for finding in findings)

@@ -49,7 +49,7 @@ LAYERS = ("memory", "pids", "cpu")
 POLLIN, POLLPRI = 1, 2  # <poll.h>
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
-_DELEGATE = 'Fix: run in a delegated unit: systemd-run --scope -p Delegate=yes COMMAND (docs/operating.md, "cgroups")'
+DELEGATE = 'Fix: run in a delegated unit: systemd-run --scope -p Delegate=yes COMMAND (docs/operating.md, "cgroups")'
 _NO_SWAP = "Fix: swapoff -a, or boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1)"
 
 
@@ -116,7 +116,7 @@ class Cgroups:
         needed = next(layer for layer in LAYERS if layer not in waived)
         directory = undelegated(hierarchy)
         if directory is not None:
-            raise MissingLayer(needed, f"cgroup {directory} belongs to systemd and is not delegated to us", _DELEGATE)
+            raise MissingLayer(needed, f"cgroup {directory} belongs to systemd and is not delegated to us", DELEGATE)
         directories: list[int] = []
         try:
             enter_leaf(hierarchy)
@@ -129,7 +129,7 @@ class Cgroups:
             if directories:
                 self.close()
             bases = ", ".join(tree.base for tree in hierarchy.trees)
-            raise MissingLayer(needed, f"cgroups below {bases} cannot be made: {error}", _DELEGATE) from error
+            raise MissingLayer(needed, f"cgroups below {bases} cannot be made: {error}", DELEGATE) from error
         except MissingLayer:
             self.close()
             raise
@@ -506,7 +506,7 @@ def _check_layers(hierarchy: Hierarchy, waived: frozenset[str]) -> frozenset[str
         if not all(purpose in hierarchy.where for purpose in purposes):
             if layer not in waived:
                 where = ", ".join(tree.base for tree in hierarchy.trees) or "any mounted hierarchy"
-                raise MissingLayer(layer, f"no {what} in {where}", _DELEGATE)
+                raise MissingLayer(layer, f"no {what} in {where}", DELEGATE)
             missing.add(layer)
     return frozenset(missing)
 

@@ -12,6 +12,7 @@ from typing import Any
 from sandrun.linux import process
 from sandrun.sandbox.spec import JOB_UID, Spec
 
+RLIMITS = ("CORE", "NOFILE", "MEMLOCK")
 NAMESPACE_FLAGS = {
     "mnt": process.CLONE_NEWNS,
     "net": process.CLONE_NEWNET,
@@ -74,7 +75,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     own = {spec.gate, spec.spec, spec.archive, spec.snapshot}  # closed before the client's first instruction
     found["descriptors"] = sorted(set(list_descriptors()) - own)
     found["landlock"] = spec.nest.landlock
-    found["limits"] = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in ("CORE", "NOFILE", "MEMLOCK")}
+    found["rlimits"] = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in RLIMITS}
     found["host_name"] = os.uname().nodename
     found["pid"] = os.getpid()
     found["work_directory"] = os.getcwd()

@@ -20,7 +20,8 @@ ENVIRONMENTS = "/environments"
 EMPTY = "/.empty"
 """An empty file and an empty folder, read-only: what a masked path shows. Not /dev/null, which needs `dev`."""
 STAGE = "/.stage"
-FIXED = mounts.MOUNT_ATTR_RDONLY | mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV
+UNPRIVILEGED = mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV
+FIXED = UNPRIVILEGED | mounts.MOUNT_ATTR_RDONLY
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"}
@@ -29,7 +30,7 @@ TOP_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 LOCAL = ("bin", "lib", "lib64", "libexec", "share", "include")
 """What of /usr/local is there: not src, etc or games, where operators keep their own."""
 
-ETC_FILES = ("ld.so.cache", "localtime", "timezone", "mime.types", "protocols", "services", "debian_version", "os-release")
+ETC_FILES = "ld.so.cache localtime timezone mime.types protocols services debian_version os-release".split()
 ETC_TREES = (
     ("alternatives", "awk, cc and others are links through it"),
     ("python3", "python3: debian_config"),
@@ -150,7 +151,7 @@ def build(sources: Sources) -> None:
     Raises: OSError naming call and path.
     """
     mounts.mount(None, "/", None, mounts.MS_REC | mounts.MS_PRIVATE, None)  # nothing of ours shows on the host
-    root = mounts.new_filesystem("tmpfs", {"size": "16m", "nr_inodes": "8192", "mode": "0755"}, FIXED & ~mounts.MOUNT_ATTR_RDONLY)
+    root = mounts.new_filesystem("tmpfs", {"size": "16m", "nr_inodes": "8192", "mode": "0755"}, UNPRIVILEGED)
     mounts.move_mount(root, "/tmp")  # any folder does: the host's own stays below, unseen
     os.close(root)
     os.chdir("/tmp")
@@ -160,7 +161,7 @@ def build(sources: Sources) -> None:
     for name, target in sources.links.items():
         os.symlink(target, name)
     _attach(sources.trees, local=False)
-    local = mounts.new_filesystem("tmpfs", {"size": "64k", "mode": "0755"}, FIXED & ~mounts.MOUNT_ATTR_RDONLY)
+    local = mounts.new_filesystem("tmpfs", {"size": "64k", "mode": "0755"}, UNPRIVILEGED)
     if os.path.isdir("usr/local"):
         mounts.move_mount(local, "usr/local")
         _attach(sources.trees, local=True)
@@ -217,7 +218,6 @@ def _write(path: str, content: bytes, mode: int) -> None:
 
 # ---- what each sandbox mounts ------------------------------------------------------------------------------
 
-STORAGE_ATTRIBUTES = mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV
 INODES = 50_000
 
 
@@ -229,7 +229,7 @@ def new_storage(size_bytes: int, *, owner: int, noswap: bool) -> int:
     options = {"size": str(size_bytes), "nr_inodes": str(INODES), "mode": "0755", "uid": str(owner), "gid": str(owner)}
     if noswap:
         options["noswap"] = None  # type: ignore[assignment]
-    return mounts.new_filesystem("tmpfs", options, STORAGE_ATTRIBUTES)
+    return mounts.new_filesystem("tmpfs", options, UNPRIVILEGED)
 
 
 def attach_storage(storage: int, owner: int) -> None:

@@ -23,7 +23,6 @@ _WORD = ctypes.sizeof(ctypes.c_void_p)
 _WIDE = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 _CONFIG_BYTES = 1024
 _places: list[int] = []
-_bare: tuple[frozenset[str], list[str]] = (frozenset(), [])
 
 
 def find() -> None:
@@ -58,14 +57,8 @@ def ready() -> bool:
     return bool(_places)
 
 
-def remember_bare() -> None:
-    """Note what a bare interpreter has loaded, before anything of ours is."""
-    global _bare
-    _bare = (frozenset(sys.modules), list(sys.path))
-
-
 def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> None:
-    """Make this interpreter the one that `python3 ENTRYPOINT ARGS` would be; it runs the script when start-up goes on."""
+    """Make this interpreter what `python3 ENTRYPOINT ARGS` would be; it runs the script when start-up goes on."""
     path = f"{WORK}/{entrypoint}"
     if len(path) > len(MARKER):
         raise OSError(36, "File name too long")

@@ -257,7 +257,7 @@ COLLECTOR_STEPS: Final[tuple[Step, ...]] = (
 
 
 def _write_proc(spec: Spec, name: str, data: bytes) -> None:
-    """One write(2) on a file of /proc/self, so that the kernel's refusal is not lost. Raises: OSError naming the file."""
+    """One write(2) on a file of /proc/self: the kernel's refusal is not lost. Raises: OSError naming the file."""
     descriptor = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=spec.proc)
     try:
         os.write(descriptor, data)

@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sandrun.errors import ProtocolError
 from sandrun.linux.cgroup import Cgroup
@@ -17,7 +17,7 @@ from sandrun.sandbox import messages, report
 from sandrun.spawner import protocol
 
 if TYPE_CHECKING:
-    from sandrun.spawner.server import Server, Tenant
+    from sandrun.spawner.server import Server, Tenant, Timer
 
 SETUP_SECONDS = 30.0
 """For building the walls and unpacking."""
@@ -68,8 +68,8 @@ class Box:
             end.setblocking(False)
             server.watch(end.fileno(), handler)
             self.ours.append(end)
-        self.timer = server.at(time.monotonic() + SETUP_SECONDS, self.on_setup_deadline)
-        self.cpu_timer: Any = None
+        self.timer: Timer | None = server.at(time.monotonic() + SETUP_SECONDS, self.on_setup_deadline)
+        self.cpu_timer: Timer | None = None
 
     # ---- what comes in -------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandrun.errors import Overloaded, ProtocolError
+from sandrun.errors import Overloaded, ProtocolError, SetupError
 from sandrun.model import LimitHit, Limits, Outcome, Usage
 from sandrun.sandbox import messages
 from sandrun.spawner import protocol
@@ -113,7 +113,7 @@ class SpawnerClient:
         return self._facts.result()
 
     async def ready(self) -> SpawnerFacts:
-        """Raises: ProtocolError if the spawner dies before it is ready."""
+        """Raises: SetupError if no sandbox can be built here; ProtocolError if the spawner dies before it is ready."""
         return await asyncio.shield(self._facts)
 
     def attach(self, connection: socket.socket) -> None:
@@ -226,6 +226,11 @@ class SpawnerClient:
             sandbox = self._sandboxes.pop(ended.ticket, None)
             if sandbox is not None:
                 sandbox.finish(_translate(ended))
+        elif kind == protocol.UNFIT:
+            step, number, details = messages.read_failure(message[1:])
+            if not self._facts.done():
+                self._facts.set_exception(SetupError(step, number, details))
+                self._facts.exception()  # whoever awaits it hears of it; nobody has to
         elif kind == protocol.FACTS:
             facts = SpawnerFacts(**json.loads(message[1:]))
             self._environments = list(facts.environments)

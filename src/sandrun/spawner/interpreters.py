@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import tarfile
-import io
 from typing import NamedTuple
 
 from sandrun.errors import SetupError

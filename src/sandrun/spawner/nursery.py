@@ -24,7 +24,8 @@ IDS = 65536
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
-    "__init__ errors model linux/__init__ linux/libc linux/process linux/mounts linux/capabilities linux/seccomp linux/landlock "
+    "__init__ errors model "
+    "linux/__init__ linux/libc linux/process linux/mounts linux/capabilities linux/seccomp linux/landlock "
     "sandbox/__init__ sandbox/spec sandbox/messages sandbox/steps sandbox/rootfs sandbox/report sandbox/script "
     "sandbox/unpack sandbox/tar sandbox/collect sandbox/job sandbox/init "
     "spawner/__init__ spawner/protocol spawner/zygote"

@@ -6,7 +6,7 @@ reads it gives the connection up. Nothing that a client sent is in a field; it t
 in tails that the spawner hands on unread.
 
     api     -> spawner  START CANCEL
-    spawner -> api      FACTS STARTED ENDED
+    spawner -> api      FACTS UNFIT STARTED ENDED
     spawner -> zygote   SPAWN                     zygote -> spawner   WARM SPAWNED REFUSED
 
 What passes between spawner, init and job is in `sandrun.sandbox.messages`.
@@ -75,7 +75,8 @@ def unpack(layout: struct.Struct, message: bytes) -> tuple[int, ...]:
 
 START = b"S"
 CANCEL = b"C"
-FACTS = b"F"
+FACTS = b"F"  # the tail is JSON
+UNFIT = b"U"  # the tail is `step NUL errno NUL text`: no sandbox can be built here; the last message
 STARTED = b"B"
 ENDED = b"E"
 
@@ -114,7 +115,7 @@ class Start(NamedTuple):
     @classmethod
     def decode(cls, message: bytes) -> Start:
         _, environment, processes, collect, ticket, tag, memory, wall, cpu = unpack(_START, message)
-        if not 1 <= processes <= 4096 or not 1 << 20 <= memory <= 1 << 40 or not 1 <= wall or collect > 1:
+        if not 1 <= processes <= 4096 or not 1 << 20 <= memory <= 1 << 40 or not wall >= 1 or collect > 1:
             raise ProtocolError("START has a field out of range")
         return cls(environment, processes, bool(collect), ticket, tag, memory, wall, cpu)
 

@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sandrun.environments import Environment, hold
 from sandrun.errors import MissingLayer, ProtocolError, SandrunError, SetupError
 from sandrun.linux import cgroup, landlock, process
 from sandrun.sandbox import messages, policy, report, rootfs
 from sandrun.spawner import interpreters, nursery, protocol
 from sandrun.spawner.box import CANCELLED, SETUP_FAILED, WORKER_LOST, Box
+from sandrun.spawner.selftest import SelfTests
 
 WARM_SECONDS = 60.0
 """How long a zygote may take to load its modules."""
-TEST_SECONDS = 20.0
 RESTARTS = 3
 """Zygotes of one environment that may die in RESTART_SECONDS before it is withdrawn."""
 RESTART_SECONDS = 30.0
@@ -39,16 +40,17 @@ class Settings(NamedTuple):
 
     Attributes:
         waived: layers that may be missing.
-        environments: name -> folder on the host.
+        environments: package sets to offer beside the bare interpreter.
         uid_base: first host id of the sandboxes, in root mode.
+        overrides: modules that a test replaces inside zygotes, to see that a broken wall is noticed.
     """
 
     waived: frozenset[str]
     rootfs: str
     uid_base: int
     interpreters: tuple[str, ...]
-    environments: dict[str, str]
-    overrides: dict[str, bytes] = {}  # noqa: RUF012  modules that a test replaces inside zygotes
+    environments: tuple[Environment, ...]
+    overrides: tuple[tuple[str, bytes], ...] = ()
 
 
 class Timer:
@@ -75,6 +77,8 @@ class Tenant:
         self.warm = False
         self.withdrawn = ""
         self.facts: dict[str, Any] = {}
+        self.described: dict[str, Any] = {}
+        self.held = -1
         self.namespaces: dict[str, int] = {}
         self.deaths: list[float] = []
         self.waiting: list[tuple[protocol.Start, list[int], Callable[[protocol.Ended], None] | None]] = []
@@ -105,8 +109,6 @@ class Server:
         self.boxes: dict[int, Box] = {}
         self.tickets: dict[int, Box] = {}
         self.free = list(range(FIRST_SLOT, SLOTS))
-        self.tests: dict[str, dict[str, Any]] = {}
-        self.testing = 0
         self.outbox: list[bytes] = []
         self.stopping = False
         self.waived = settings.waived
@@ -158,10 +160,10 @@ class Server:
                 self.turn()
             if self.tenants[0].withdrawn:
                 raise SetupError(*_split(self.tenants[0].withdrawn))
-            self._test_interpreters()
-            while self.testing and not self.stopping:
-                self.turn()
-            self._judge_tests()
+            self.tests = SelfTests(self)
+            self.tests.run()
+            if self.tenants[0].withdrawn:
+                raise SetupError(*_split(self.tenants[0].withdrawn))
             self._send(protocol.FACTS + json.dumps(self._facts()).encode())
             self.connection.setblocking(False)
             self.watch(self.connection.fileno(), self._on_api)
@@ -195,17 +197,18 @@ class Server:
         if root:
             with open("/proc/self/uid_map") as file:
                 base = nursery.choose_uid_base(file.read(), settings.uid_base, count)
-        self.archive = nursery.make_archive(settings.overrides)
+        self.archive = nursery.make_archive(dict(settings.overrides))
         core = 1 if _cores_are_piped() else 0
         self.tenants: list[Tenant] = []
-        for number, (name, folder) in enumerate([("", None), *settings.environments.items()]):
-            inside = f"{rootfs.ENVIRONMENTS}/{name}" if name else ""
+        for number, environment in enumerate([None, *settings.environments]):
+            name = environment.name if environment is not None else ""
+            inside = f"{rootfs.ENVIRONMENTS}/{name}" if environment is not None else ""
             argvs = {key: list(found.argv) for key, found in self.interpreters.items()}
             if name:
                 argvs["python3"] = [f"{inside}/bin/python3"]
             recipe = nursery.Recipe(
                 name=name,
-                environment=folder,
+                environment=environment.path if environment is not None else None,
                 rootfs=settings.rootfs,
                 python=argvs["python3"][0] if name else python,
                 preload=(),
@@ -226,6 +229,13 @@ class Server:
             if group is not None and recipe.uid_base is not None:
                 group.chown(recipe.uid_base, recipe.uid_base)
             tenant = Tenant(name, recipe, group)
+            if environment is not None:
+                tenant.held = hold(environment)  # removed or replaced, it stays for us
+                tenant.described = {
+                    "packages": dict(environment.packages),
+                    "digest": environment.digest,
+                    "created": environment.created,
+                }
             self.tenants.append(tenant)
             self._start_zygote(tenant)
 
@@ -277,7 +287,7 @@ class Server:
                 self.drop(tenant.deadline)
                 waiting, tenant.waiting = tenant.waiting, []
                 for start, fds, done in waiting:
-                    self._start(tenant, start, fds, done)
+                    self.start_job(tenant, start, fds, done)
             elif kind == protocol.SPAWNED and descriptors:
                 slot = protocol.decode_spawned(message)
                 box = tenant.boxes.get(slot)
@@ -368,7 +378,7 @@ class Server:
             start = protocol.Start.decode(message)
             if start.environment >= len(self.tenants) or start.ticket in self.tickets:
                 raise ProtocolError("START names no environment, or a ticket in use")
-            self._start(self.tenants[start.environment], start, descriptors, None)
+            self.start_job(self.tenants[start.environment], start, descriptors, None)
         elif kind == protocol.CANCEL and not descriptors:
             box = self.tickets.get(protocol.decode_cancel(message))
             if box is not None:
@@ -376,7 +386,7 @@ class Server:
         else:
             raise ProtocolError(f"unexpected message {kind!r} with {len(descriptors)} descriptors")
 
-    def _start(
+    def start_job(
         self,
         tenant: Tenant,
         start: protocol.Start,
@@ -492,81 +502,19 @@ class Server:
 
     # ---- what is offered -----------------------------------------------------------------------------------
 
-    def _test_interpreters(self) -> None:
-        """Run 6 * 7 in each interpreter, in a sandbox like any other. What does not answer 42 is not offered."""
-        ticket = 1 << 63
-        for tenant in self.tenants:
-            if tenant.withdrawn:
-                continue
-            for name, found in self.interpreters.items():
-                if tenant.name and name != "python3":
-                    continue
-                ticket += 1
-                self._test(tenant, name, found, ticket)
-
-    def _test(self, tenant: Tenant, name: str, found: interpreters.Interpreter, ticket: int) -> None:
-        entrypoint = f"test{found.extension}"
-        wishes = {
-            "entrypoint": entrypoint, "interpreter": name, "args": [], "env": {}, "outputs": None, "fresh": False,
-        }  # fmt: skip
-        out_reader, out_writer = os.pipe2(os.O_CLOEXEC)
-        err_reader, err_writer = os.pipe2(os.O_CLOEXEC)
-        descriptors = [
-            nursery.sealed(json.dumps(wishes).encode(), "spec"),
-            nursery.sealed(interpreters.make_archive(entrypoint, found.test), "archive"),
-            os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC),
-            out_writer,
-            err_writer,
-            os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC),
-        ]
-        start = protocol.Start(
-            environment=self.tenants.index(tenant), processes=100, collect=False, ticket=ticket, tag=0,
-            memory_bytes=512 << 20, wall_ms=round(TEST_SECONDS * 1000), cpu_ms=0,
-        )  # fmt: skip
-
-        def done(ended: protocol.Ended) -> None:
-            self.testing -= 1
-            said, complained = _drain(out_reader), _drain(err_reader)
-            good = ended.outcome == 0 and ended.exit_code == 0 and said == interpreters.EXPECTED
-            reason = ""
-            if not good:
-                step, number, text = messages.read_failure(ended.inside) if ended.outcome == SETUP_FAILED else ("", 0, "")
-                reason = (
-                    f"{step}: {text} (errno {number})" if step
-                    else f"{protocol.OUTCOMES[ended.outcome]}, exit code {ended.exit_code}: {complained.decode(errors='replace')[:300]}"
-                )  # fmt: skip
-            self.tests[f"{tenant.name}/{name}"] = {"available": good, "reason": reason, "ended": ended}
-
-        self.testing += 1
-        self._start(tenant, start, descriptors, done)
-
-    def _judge_tests(self) -> None:
-        """Raises: SetupError if not even the bare python3 runs: then no sandbox can be built here."""
-        for tenant in self.tenants:
-            test = self.tests.get(f"{tenant.name}/python3")
-            if test is None or test["available"]:
-                continue
-            ended = test["ended"]
-            if not tenant.name:
-                step, number, text = messages.read_failure(ended.inside)
-                if ended.outcome == SETUP_FAILED:
-                    raise SetupError(step, number, text)
-                raise SetupError("self-test", 0, str(test["reason"]))
-            tenant.withdrawn = f"self-test\0000\0{test['reason']}"
-
     def _facts(self) -> dict[str, Any]:
         offered: dict[str, dict[str, Any]] = {}
         for name, found in self.interpreters.items():
-            test = self.tests.get(f"/{name}", {"available": False, "reason": "not tested"})
-            offered[name] = {"path": found.argv[0] if found.argv else "", "available": test["available"]}
-            if test["reason"]:
-                offered[name]["reason"] = test["reason"]
+            reason = self.tests.reason(name)
+            offered[name] = {"path": found.argv[0] if found.argv else "", "available": not reason}
+            if reason:
+                offered[name]["reason"] = ": ".join(str(part) for part in _split(reason)[::2])
         environments: dict[str, dict[str, Any]] = {}
         for tenant in self.tenants:
             facts = {key: tenant.facts.get(key) for key in ("python", "in_place", "modules")}
             if tenant.facts.get("reason"):
                 facts["in_place_reason"] = tenant.facts["reason"]
-            environments[tenant.name] = {"available": not tenant.withdrawn, **facts}
+            environments[tenant.name] = {"available": not tenant.withdrawn, **tenant.described, **facts}
             if tenant.withdrawn:
                 step, _, details = _split(tenant.withdrawn)
                 environments[tenant.name]["reason"] = f"{step}: {details}"
@@ -590,17 +538,6 @@ class Server:
 
 def _split(failure: str) -> tuple[str, int, str]:
     return messages.read_failure(failure.encode())
-
-
-def _drain(reader: int) -> bytes:
-    """What a test wrote; all its processes are dead, so the end is there."""
-    os.set_blocking(reader, False)
-    try:
-        return os.read(reader, 65536)
-    except BlockingIOError:
-        return b""
-    finally:
-        os.close(reader)
 
 
 def _takes_noswap() -> bool:
@@ -629,6 +566,9 @@ def run(connection: socket.socket, settings: Settings) -> int:
     try:
         Server(connection, settings).run()
     except SandrunError as error:
-        print(f"sandrun: {error}", file=sys.stderr, flush=True)
+        step = error.step if isinstance(error, SetupError) else getattr(error, "layer", "spawner")
+        failure = f"{step}\0{getattr(error, 'errno', 0)}\0{error}".encode(errors="replace")
+        connection.setblocking(True)
+        protocol.send(connection, protocol.UNFIT + failure[: protocol.FACTS_BYTES - 1])
         return 1
     return 0

@@ -16,17 +16,19 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
+from sandrun import environments
 from sandrun.config import Config
-from sandrun.environments import locate
 from sandrun.errors import SandrunError
 from sandrun.linux import process
 from sandrun.spawner import protocol, server
 
+FINISH_SECONDS = 8.0
+"""How long the spawner may take to end what it has started."""
 RESTARTS, RESTART_SECONDS = 5, 60.0
 """More deaths than these in this time, and the server gives up: a restart does not help."""
-POLL_SECONDS = 0.05
+HEARD = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
+"""Blocked in the supervisor and taken one by one by sigtimedwait(2): nothing interrupts it, nothing is missed."""
 
 
 def settings_from(config: Config) -> server.Settings:
@@ -35,7 +37,7 @@ def settings_from(config: Config) -> server.Settings:
         rootfs=config.rootfs or "/",
         uid_base=config.uid_base,
         interpreters=config.interpreters,
-        environments=locate(config.environments_dir),
+        environments=tuple(environments.list_(config.state_dir)),
     )
 
 
@@ -57,6 +59,7 @@ def fork(main: Callable[[], int], *, close: list[socket.socket]) -> int:
         return pid
     status = 70  # EX_SOFTWARE, sysexits.h
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         process.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above
             os._exit(status)
@@ -76,7 +79,7 @@ def fork(main: Callable[[], int], *, close: list[socket.socket]) -> int:
 
 
 class Supervisor:
-    def __init__(self, config: Config, serve_api: Callable[[socket.socket, socket.socket], NoReturn]) -> None:
+    def __init__(self, config: Config, serve_api: Callable[[socket.socket, socket.socket], int]) -> None:
         self.config = config
         self.settings = settings_from(config)
         self.serve_api = serve_api
@@ -89,32 +92,23 @@ class Supervisor:
     def run(self) -> int:
         """Returns: the exit status: 0 after SIGTERM or SIGINT, 1 if the server cannot go on."""
         process.set_title("sandrun: supervisor")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self.signals.append(number))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         self._start_both()
         while True:
-            if self.signals:
+            heard = signal.sigwait(HEARD)
+            if heard != signal.SIGCHLD:
                 return self._stop()
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                signal.sigtimedwait((), POLL_SECONDS) if hasattr(signal, "sigtimedwait") else time.sleep(POLL_SECONDS)
-                continue
-            code = os.waitstatus_to_exitcode(status)
-            if pid == self.api and code in (1, 2):  # it has said why; it would say it again
-                return self._give_up(1)
-            if pid == self.spawner and code == 1:
-                return self._give_up(1)
-            if not self._may_restart():
-                print("sandrun: spawner or api keep dying; giving up", file=sys.stderr)
-                return self._give_up(1)
-            if pid == self.spawner:
-                print(f"sandrun: the spawner ended ({code}); starting another", file=sys.stderr, flush=True)
-                self._replace_spawner()
-            elif pid == self.api:
-                print(f"sandrun: the api ended ({code}); starting both anew", file=sys.stderr, flush=True)
-                self._reap(self.spawner)
-                self._start_both()
+            while (ended := _reap_any()) is not None:
+                pid, code = ended
+                if code in (1, 2) or not self._may_restart():  # 1 and 2: it has said why, and would say it again
+                    return self._give_up()
+                if pid == self.spawner:
+                    _say(f"the spawner ended ({code}); starting another")
+                    self._replace_spawner()
+                elif pid == self.api:
+                    _say(f"the api ended ({code}); starting both anew")
+                    self._finish(self.spawner)
+                    self._start_both()
 
     def _start_both(self) -> None:
         self.spawner, connection = start_spawner(self.settings)
@@ -122,7 +116,7 @@ class Supervisor:
         previous = self.control
 
         def main() -> int:
-            self.serve_api(connection, theirs)
+            return self.serve_api(connection, theirs)
 
         self.api = fork(main, close=[ours, *([previous] if previous else [])])
         connection.close()
@@ -147,55 +141,63 @@ class Supervisor:
 
     def _stop(self) -> int:
         """Api drains and ends by itself, and its end is the spawner's. A second signal stops both now."""
-        self._signal(self.api, signal.SIGTERM)
+        os.kill(self.api, signal.SIGTERM)
         while True:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-            if pid == self.api:
-                self._reap(self.spawner)
+            heard = signal.sigwait(HEARD)
+            if heard != signal.SIGCHLD:
+                self._give_up()
                 return 0
-            if len(self.signals) > 1:
-                return self._give_up(0)
-            if pid == 0:
-                time.sleep(POLL_SECONDS)
+            while (ended := _reap_any()) is not None:
+                if ended[0] == self.api:
+                    self._finish(self.spawner)
+                    return 0
 
-    def _give_up(self, status: int) -> int:
-        self._signal(self.api, signal.SIGKILL)
+    def _give_up(self) -> int:
         for pid in (self.api, self.spawner):
-            self._reap(pid)
-        return status
+            self._finish(pid, 0.0 if pid == self.api else FINISH_SECONDS)
+        return 1
 
-    @staticmethod
-    def _signal(pid: int, number: int) -> None:
-        try:
-            os.kill(pid, number)  # a child that is not reaped yet keeps its pid
-        except ProcessLookupError:
-            pass
-
-    def _reap(self, pid: int) -> None:
-        """Wait for a child that is about to end; SIGKILL if it takes too long. Its death ends all below it."""
-        deadline = time.monotonic() + 8
-        while time.monotonic() < deadline:
+    def _finish(self, pid: int, patience: float = FINISH_SECONDS) -> None:
+        """Wait for a child that is about to end, then SIGKILL. A child's death ends all below it."""
+        deadline = time.monotonic() + patience
+        while True:
             try:
                 if os.waitpid(pid, os.WNOHANG)[0]:
                     return
             except ChildProcessError:
                 return
-            time.sleep(0.01)
-        self._signal(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                os.kill(pid, signal.SIGKILL)  # not reaped, so its pid is still its own
+                os.waitpid(pid, 0)
+                return
+            signal.sigtimedwait((signal.SIGCHLD,), left)
+
+
+def _reap_any() -> tuple[int, int] | None:
+    """pid and exit code (negative: a signal) of a dead child, None if there is none."""
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, os.waitstatus_to_exitcode(status)) if pid else None
+
+
+def _say(text: str) -> None:
+    print(f"sandrun: {text}", file=sys.stderr, flush=True)
 
 
 def serve(config: Config) -> int:
     """Run a server until it is told to stop. Returns: the exit status."""
 
-    def serve_api(connection: socket.socket, control: socket.socket) -> NoReturn:
+    def serve_api(connection: socket.socket, control: socket.socket) -> int:
         process.set_title("sandrun: api")
         from sandrun.api import main  # in the child: the supervisor and the spawner never import it
 
-        main.run(config, connection, control)
+        return main.run(config, connection, control)
 
     try:
         return Supervisor(config, serve_api).run()
     except SandrunError as error:
-        print(f"sandrun: {error}", file=sys.stderr)
+        _say(str(error))
         return 1

@@ -71,7 +71,7 @@ def _prepare(config: dict[str, object]) -> dict[str, object]:
     for name in config["preload"]:  # type: ignore[attr-defined]
         __import__(name)
     for _ in range(2):
-        exec(compile(WARM_UP, "<warm>", "exec"), {"__name__": "__main__", "out": io.StringIO()})  # noqa: S102
+        exec(compile(WARM_UP, "<warm>", "exec"), {"__name__": "__main__", "out": io.StringIO()})
     os.environ.pop("PYTHONPATH", None)
     gc.collect()
     gc.freeze()
