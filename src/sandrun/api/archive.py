@@ -1,4 +1,4 @@
-"""All outputs of a job as one tar.gz, made piece by piece out of RAM, for a thread; the same files give the same bytes."""
+"""All outputs of a job as one tar.gz, made piece by piece out of RAM. The same files give the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVEL = 1
 
 
 class Packer:
-    """`next_piece` until it returns None."""
+    """`next_piece` until it returns None; in a thread, as it compresses."""
 
     def __init__(self, outputs: Sequence[StoredOutput]) -> None:
         self._outputs = sorted(outputs, key=lambda output: output.path)

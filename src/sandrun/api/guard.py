@@ -145,6 +145,7 @@ class _Closing:
 
 
 _KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # 16 bytes, RFC 6455 4.1
+_ABSOLUTE = re.compile(rb"https?://([^/?#]+)", re.IGNORECASE)
 
 WAITING, HEADERS, BODY, ANSWERING, DEAF = "waiting", "headers", "body", "answering", "deaf"
 
@@ -332,6 +333,8 @@ class Guard(HttpToolsProtocol):
         """What llhttp lets through, and another parser in front of us may read otherwise (request smuggling)."""
         if self.parser.get_http_version() not in ("1.1", "1.0"):
             self._stop(400, "bad_request", "this is not HTTP/1.1")
+        if not self.url.startswith(b"/"):
+            self._take_authority()
         hosts = lengths = 0
         has_body = False
         for name, value in self.headers:
@@ -354,6 +357,17 @@ class Guard(HttpToolsProtocol):
             self._stop(400, "bad_request", "a request has one Host and at most one Content-Length")
         if self.parser.should_upgrade():
             self._check_upgrade(has_body)
+
+    def _take_authority(self) -> None:
+        """`GET http://name/path`: the name in the target counts, and Host is ignored (RFC 9112 3.2.2)."""
+        match = _ABSOLUTE.match(self.url)
+        if match is None:
+            self._stop(400, "bad_request", "a request's target is a path")
+        else:
+            self.headers[:] = [(name, match[1] if name == b"host" else value) for name, value in self.headers]
+            self.url = self.url[match.end() :]
+            if not self.url.startswith(b"/"):
+                self.url = b"/" + self.url
 
     def _check_upgrade(self, has_body: bool) -> None:
         if has_body or self.parser.get_method() == b"CONNECT":  # llhttp would read the body as the next request

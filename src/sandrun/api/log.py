@@ -10,12 +10,12 @@ import logging
 import sys
 import time
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, TextIO
 
 import structlog
 
 
-def set_up(stream: IO[str] | None = None) -> None:
+def set_up(stream: TextIO | None = None) -> None:
     """Send structlog's events and what libraries log through `logging` to `stream`, as JSON lines."""
     stream = sys.stderr if stream is None else stream
     structlog.configure(
@@ -31,6 +31,7 @@ def set_up(stream: IO[str] | None = None) -> None:
     root = logging.getLogger()
     root.handlers = [_Libraries()]
     root.setLevel(logging.WARNING)
+    logging.getLogger("sandrun").setLevel(logging.INFO)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "asyncio"):
         library = logging.getLogger(name)
         library.handlers, library.propagate = [], True
@@ -38,9 +39,13 @@ def set_up(stream: IO[str] | None = None) -> None:
 
 
 class _Libraries(logging.Handler):
-    """Passes on what a library logs, without the arguments: they may quote a request."""
+    """Passes on what is logged: our own modules' events whole, a library's without its arguments, which may quote a
+    request."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name.partition(".")[0] == "sandrun":
+            structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name)
+            return
         event: dict[str, Any] = {"logger": record.name, "message": str(record.msg)[:200]}
         if record.exc_info and record.exc_info[1] is not None:
             event |= describe(record.exc_info[1])

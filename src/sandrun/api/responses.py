@@ -105,9 +105,13 @@ def make_headers(
     return made
 
 
-def problem(error: BaseException) -> Json:
+def problem(error: BaseException, scope: Scope) -> Json:
     """The answer to an exception."""
     status, body, headers = describe(error)
+    if any(name == b"expect" for name, _ in scope["headers"]):
+        # We answer instead of saying 100 Continue: whether the body still comes is the client's choice, and what comes
+        # next on this connection could be taken for it.
+        headers["connection"] = "close"
     return Json(body, status, headers)
 
 

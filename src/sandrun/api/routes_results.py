@@ -13,16 +13,15 @@ from starlette.types import Receive, Scope, Send
 
 from sandrun.api.archive import Packer
 from sandrun.api.context import Context
-from sandrun.api.problems import Refused
 from sandrun.api.requests import Parameters, preferred
 from sandrun.api.responses import PIECE_BYTES, Answer, Json, Pieces, disposition
 from sandrun.api.routes import ENCODING, EVENTS, JOB_ID, OFFSETS, STREAM, Body, Call, Parameter
 from sandrun.api.streams import SILENCE_SECONDS, STREAMS, as_events, follow, serve_websocket
-from sandrun.errors import Conflict, NotFound
+from sandrun.errors import Conflict, InvalidInput, NotFound
 from sandrun.jobs.job import Job, StoredOutput
 from sandrun.jobs.logs import LogBuffer
 from sandrun.jobs.result import Truncated
-from sandrun.model import OutputFile, Status, show
+from sandrun.model import OutputFile, Status
 
 
 class Offsets(msgspec.Struct, frozen=True):
@@ -59,8 +58,7 @@ class ResultCalls:
     async def logs(self, request: Request) -> Response:
         job = self.service.get(request.path_params["job_id"])
         parameters = Parameters(request)
-        chosen = parameters.choice("stream", ("both", *STREAMS))
-        offsets = {name: parameters.integer(name) for name in (STREAMS if chosen == "both" else (chosen,))}
+        offsets = _chosen_offsets(parameters)
         offered = ("text/plain", "application/json", "application/octet-stream", "text/event-stream")
         kind = preferred(request, offered)
         if kind == "text/event-stream":
@@ -68,11 +66,12 @@ class ResultCalls:
         if kind == "application/json":
             return await self._logs_as_json(request, job, offsets)
         if kind == "application/octet-stream":
-            if chosen == "both":
-                raise Refused(400, "invalid_input", "name one stream: ?stream=stdout or stderr", field="stream")
-            buffer: LogBuffer = getattr(job, chosen)
-            headers = {"content-disposition": disposition(f"{chosen}.log")}
-            return Pieces(_bytes_of(buffer, offsets[chosen], buffer.kept), kind, headers)
+            if len(offsets) != 1:
+                raise InvalidInput("stream", "exact bytes are of one stream; accepted: stdout, stderr")
+            ((name, offset),) = offsets.items()
+            buffer: LogBuffer = getattr(job, name)
+            headers = {"content-disposition": disposition(f"{name}.log")}
+            return Pieces(_bytes_of(buffer, offset, buffer.kept), kind, headers)
         return Pieces(_text_of(job, offsets), "text/plain; charset=utf-8")
 
     async def follow_logs(self, request: Request) -> Response:
@@ -242,6 +241,3 @@ async def _text_of(job: Job, offsets: dict[str, int]) -> AsyncIterator[bytes]:
             await asyncio.sleep(0)
         if rest := decoder.decode(b"", final=True):
             yield rest.encode()
-
-
-__all__ = ["Logs", "OutputList", "ResultCalls", "show"]

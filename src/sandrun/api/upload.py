@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,14 +55,14 @@ class MemoryFile:
 
     def __init__(self) -> None:
         self.size = 0
-        self._descriptor = self._or_overloaded(
-            lambda: os.memfd_create("upload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        )
+        with _overloaded_when_used_up():
+            self._descriptor = os.memfd_create("upload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
     def write(self, data: bytes) -> None:
         left = memoryview(data)
-        while left:
-            left = left[self._or_overloaded(lambda piece=left: os.write(self._descriptor, piece)) :]
+        with _overloaded_when_used_up():
+            while left:
+                left = left[os.write(self._descriptor, left) :]
         self.size += len(data)
 
     def seal(self) -> int:
@@ -76,15 +77,16 @@ class MemoryFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    @staticmethod
-    def _or_overloaded(call: Callable[[], int]) -> int:
-        try:
-            return call()
-        except OSError as error:
-            if error.errno in _USED_UP:
-                reason = "the server has no descriptor or memory to spare"
-                raise Overloaded(reason, retry_after_seconds=5, client_at_fault=False) from None
+
+@contextmanager
+def _overloaded_when_used_up() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _USED_UP:
             raise
+        reason = "the server has no descriptor or memory to spare"
+        raise Overloaded(reason, retry_after_seconds=5, client_at_fault=False) from None
 
 
 async def receive_upload(request: Request, account: Account, check_manifest: Callable[[bytes], None]) -> Upload:
@@ -143,7 +145,7 @@ async def receive_upload(request: Request, account: Account, check_manifest: Cal
 def _boundary(request: Request) -> str:
     """Raises: Refused 415 unless the body is announced as multipart/form-data."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
-    boundary = options.get("boundary", "")
+    boundary: str = options.get("boundary", "")
     if kind != "multipart/form-data" or not 1 <= len(boundary) <= 200 or not boundary.isascii():
         details = "send multipart/form-data with the part `files` (curl -F files=@job.tar.gz -F manifest=@job.json)"
         raise Refused(415, "unsupported_media_type", details, field="Content-Type")
