@@ -1,6 +1,6 @@
-"""Can this host build every wall? Looks, builds a throw-away sandbox, and prints what fixes each thing that is missing.
+"""Can this host build every wall? Looks at each, builds a throw-away sandbox, and prints what fixes what is missing.
 
-Exit code: 0 if a server would start, 1 if not.
+Exit code: 0 if a server with these settings would run jobs, 1 if not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="a list of findings")
+    parser.add_argument("--json", action="store_true", help="one object: ok, findings")
     add_flags(parser, "isolation")
 
 
@@ -28,16 +28,11 @@ def run(args: argparse.Namespace) -> int:
     findings = check(config)
     good = all(finding.ok for finding in findings)
     if args.json:
-        print_json(
-            {
-                "ok": good,
-                "findings": [{"name": f.name, "ok": f.ok, "details": f.details, "fix": f.fix} for f in findings],
-            }
-        )
+        print_json({"ok": good, "findings": [finding._asdict() for finding in findings]})
         return 0 if good else 1
-    width = max((len(finding.name) for finding in findings), default=0)
+    width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        print(f"{'ok' if finding.ok else 'MISSING':8}{finding.name:{width}}  {one_line(finding.details)}")
+        print(f"{'ok' if finding.ok else 'MISSING':9}{finding.name:{width}}  {one_line(finding.details)}")
         if finding.fix and not finding.ok:
-            print(f"{'':8}{'':{width}}  fix: {one_line(finding.fix)}")
+            print(f"{'':9}{'':{width}}  fix: {one_line(finding.fix)}")
     return 0 if good else 1

@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import select
 import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sandrun.cli import manifest, verdict
+from sandrun.cli.local import spawner
 from sandrun.cli.main import complain
 from sandrun.cli.settings import add_flags, load_config
 from sandrun.cli.terminal import JobStream, one_line, print_json, stderr_stream, stdout_stream
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from sandrun.jobs.service import JobService
 
 FAILED = verdict.FAILED
-
-END_SECONDS = 10.0
-"""How long the spawner may take to end what it has started."""
 
 EXAMPLES = """examples:
   sandrun run hello.py
@@ -96,27 +93,8 @@ def run(args: argparse.Namespace) -> int:
     if given and args.outputs is None:
         given.setdefault("outputs", [])
     text = manifest.encode(given) if given else None
-    with _spawner(config, given.get("environment")) as connection:
+    with spawner(config, given.get("environment")) as connection:
         return asyncio.run(_run(args, config, connection, archive, text))
-
-
-@contextlib.contextmanager
-def _spawner(config: Config, environment: object) -> Iterator[socket.socket]:
-    """The privileged process, forked before anything starts a thread; it ends with the connection, and all with it."""
-    from sandrun.spawner.supervisor import settings_from, start_spawner
-
-    settings = settings_from(config)
-    needed = tuple(known for known in settings.environments if known.name == environment)  # each costs a zygote
-    pid, connection = start_spawner(settings._replace(environments=needed))
-    descriptor = os.pidfd_open(pid)
-    try:
-        yield connection
-    finally:
-        connection.close()
-        if not select.select([descriptor], [], [], END_SECONDS)[0]:
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        os.close(descriptor)
-        os.waitpid(pid, 0)
 
 
 async def _run(
@@ -126,13 +104,13 @@ async def _run(
     from sandrun.jobs.service import JobService
     from sandrun.spawner.client import SpawnerClient
 
-    spawner = SpawnerClient(connection)
+    client = SpawnerClient(connection)
     try:
         try:
-            await spawner.ready()
+            await client.ready()
         except ProtocolError:
             return FAILED  # the spawner has said why
-        service = JobService(spawner, dataclasses.replace(config.jobs, ceilings=CEILINGS))
+        service = JobService(client, dataclasses.replace(config.jobs, ceilings=CEILINGS))
         try:
             job = await service.submit(service.client("127.0.0.1"), sealed("archive", archive), text)
             with _interruptible(service, job) as signals:
@@ -144,7 +122,7 @@ async def _run(
         finally:
             service.close()
     finally:
-        spawner.close()
+        client.close()
 
 
 @contextlib.contextmanager
