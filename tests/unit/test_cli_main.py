@@ -159,6 +159,24 @@ def test_start_imports_no_third_party_module() -> None:
     assert foreign == {"sandrun"}
 
 
+def test_run_forks_before_it_imports_a_third_party_module(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"entrypoint": "a.py", "environment": "data"}')
+    (tmp_path / "a.py").touch()
+    code = (
+        "import sys\n"
+        "import sandrun.cli.run\n"
+        "from sandrun.cli.main import main\n"
+        "def spawner(config, environment):\n"
+        "    print('\\n'.join(sys.modules), 'environment-' + environment); sys.exit()\n"
+        "sandrun.cli.run.spawner = spawner\n"
+        "main(['run', sys.argv[1]])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    foreign = {n for n in loaded - set(sys.stdlib_module_names) if not n.startswith(("_", "site"))}
+    assert foreign == {"sandrun", "environment-data"}
+
+
 def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     from sandrun.cli import config
 

@@ -10,10 +10,12 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sandrun.cli import manifest, verdict
 from sandrun.cli.local import spawner
@@ -104,6 +106,7 @@ async def _run(
     from sandrun.jobs.service import JobService
     from sandrun.spawner.client import SpawnerClient
 
+    _speak_plainly()
     client = SpawnerClient(connection)
     try:
         try:
@@ -123,6 +126,21 @@ async def _run(
             service.close()
     finally:
         client.close()
+
+
+def _speak_plainly() -> None:
+    """The log of a server that is none: what went wrong, one sentence each, on stderr."""
+    import structlog
+
+    def sentence(_logger: object, _level: str, event: MutableMapping[str, Any]) -> str:
+        told = " ".join(f"{key}={value}" for key, value in event.items() if key != "event" and value not in (None, ()))
+        return one_line(f"sandrun: {event.get('event')}: {told}")
+
+    structlog.configure(
+        processors=[sentence],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 @contextlib.contextmanager

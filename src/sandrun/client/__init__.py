@@ -13,10 +13,14 @@ What a job did is a value (`Result.outcome`); what the server refused is `sandru
 
 from __future__ import annotations
 
-from sandrun.client.asynchronous import AsyncClient
-from sandrun.client.pack import pack_directory, pack_files
-from sandrun.client.results import LogEnd, LogPart, Logs, Result, Submitted
-from sandrun.client.synchronous import Client
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sandrun.client.asynchronous import AsyncClient
+    from sandrun.client.pack import pack_directory, pack_files
+    from sandrun.client.results import LogEnd, LogPart, Logs, Result, Submitted
+    from sandrun.client.synchronous import Client
 
 __all__ = [
     "AsyncClient",
@@ -29,3 +33,16 @@ __all__ = [
     "pack_directory",
     "pack_files",
 ]
+_HOMES = {
+    "AsyncClient": "asynchronous",
+    "Client": "synchronous",
+    "pack_directory": "pack",
+    "pack_files": "pack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for (PEP 562): packing a directory needs no HTTP library."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'results')}"), name)
