@@ -117,7 +117,7 @@ def problem(error: BaseException, scope: Scope) -> Json:
 
 # ---- downloads ---------------------------------------------------------------------------------------------
 
-_UNSAFE = re.compile(r'[^A-Za-z0-9!#$&+.^_`|~ ()\[\]{}=,@-]|^\.+')
+_UNSAFE = re.compile(r"[^A-Za-z0-9!#$&+.^_`|~ ()\[\]{}=,@-]|^\.+")
 
 
 def disposition(path: str) -> str:
