@@ -113,9 +113,6 @@ class Config:
     hostname: tuple[str, ...] = _setting(
         "listen", "names", (), "names that a Host header may carry beside IP literals and localhost"
     )
-    trusted_proxy: tuple[str, ...] = _setting(
-        "listen", "names", (), "networks of reverse proxies whose X-Forwarded-For is believed, as CIDR"
-    )
 
     allow_missing: tuple[str, ...] = _setting(
         "isolation",
@@ -196,8 +193,6 @@ class Config:
             given, lacking = ("cert", "key") if self.key is None else ("key", "cert")
             origin = self.origins.get(given, "default")
             raise ConfigError(f"{given} ({origin}) needs {lacking}: TLS takes both or neither")
-        for network in self.trusted_proxy:
-            _check_network(network, self.origins.get("trusted_proxy", "default"))
 
     @property
     def waived(self) -> frozenset[str]:
@@ -336,15 +331,6 @@ def _check(row: Key, value: Any, origin: str) -> None:
             _refuse(row, word, origin)
         if row.name == "hostname" and not _HOSTNAME.match(word):
             raise ConfigError(f"hostname: {show(word)} ({origin}) is not a host name")
-
-
-def _check_network(text: str, origin: str) -> None:
-    import ipaddress
-
-    try:
-        ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ConfigError(f"trusted_proxy: {show(text)} ({origin}) is not a network: {error}") from None
 
 
 # ---- where values come from --------------------------------------------------------------------------------

@@ -77,7 +77,6 @@ def test_flags_go_over_environment_over_file(tmp_path: Path) -> None:
         ({"SANDRUN_STORE_BYTES": "much"}, ["store_bytes", "much"]),
         ({"SANDRUN_ALLOW_MISSING": "swap,walls"}, ["allow_missing", "walls", "no-new-privs", "cgroup"]),
         ({"SANDRUN_HOSTNAME": "a b\x1b"}, ["hostname", "is not a host name"]),
-        ({"SANDRUN_TRUSTED_PROXY": "10.0.0.1/8"}, ["trusted_proxy", "10.0.0.1/8"]),
         ({"SANDRUN_HOST": ""}, ["host"]),
         ({"SANDRUN_CERT": "/dev/null"}, ["cert", "needs key"]),
         ({"SANDRUN_CERT": "/does/not/exist"}, ["cert", "/does/not/exist", "does not exist"]),
