@@ -1,8 +1,8 @@
-"""Collecting a job's outputs inside the sandbox, as the job's user, when its processes are dead: requirements 24, 31, 32.
+"""Collecting a job's outputs inside the sandbox, as the job's user, all processes dead: requirements 24, 31, 32.
 
-The tree is the job's work: a thousand levels deep, modes 000, sockets, links to anywhere. Each directory is opened by its
-last component from its parent's descriptor, so no link in any component is ever followed, and the way up is checked; a
-handful of descriptors is open however deep the tree is. What it writes is untrusted to whoever reads it, `jobs.outputs`.
+The tree is the job's work: a thousand levels deep, modes 000, sockets, links to anywhere. Each directory is opened by
+its last component from its parent's descriptor, so no link in any component is ever followed, and the way up is checked.
+Few descriptors are open however deep the tree is. What it writes is untrusted to its reader, `jobs.outputs`.
 
 The stream is frames, `FRAME` and then that many bytes:
 
@@ -75,8 +75,8 @@ def snapshot(directory: str) -> bytes:
 def collect(directory: str, patterns: tuple[str, ...] | None, before: bytes, out_fd: int) -> None:
     """Write the outputs below `directory` to `out_fd`, which blocks, as the stream that this module's head describes.
 
-    `patterns`: globs over paths below the directory; one that matches a directory means all below it. None: every regular
-    file that is not in the snapshot `before`, or differs from it in ctime, size or inode, and is not in a `__pycache__`.
+    `patterns`: globs over paths below the directory; one that matches a directory means all below it. None: every
+    regular file that is not in the snapshot `before`, or differs from it in ctime, size or inode; no `__pycache__`.
     (tmpfs gives no new ctime when a file that was there before is changed through a shared mapping alone.)
     Raises: OSError, of writing (EPIPE: nobody wants it) alone. What cannot be read is left out and counted.
     """
@@ -151,7 +151,7 @@ class _Walk:
                 for self._name in files:
                     entry = os.stat(self._name, dir_fd=self._fd, follow_symlinks=False)
                     path = prefix + self._name
-                    if len(path) * 4 > PATH_BYTES and len(os.fsencode(path)) > PATH_BYTES:
+                    if _is_too_long(path):
                         self.left_out += 1
                     elif stat.S_ISREG(entry.st_mode):
                         yield path, entry
@@ -189,11 +189,13 @@ class _Walk:
     def _enter_next(self, level: tuple[list[str], str, int], device: int) -> tuple[os.stat_result, str] | None:
         directories, prefix, _ = level
         while directories:
-            path = f"{prefix}{directories[-1]}/"
+            name = directories.pop()
+            path = f"{prefix}{name}/"
+            if _is_too_long(path):
+                self.left_out += 1
+                continue
             try:
-                if len(path) * 4 > PATH_BYTES and len(os.fsencode(path)) >= PATH_BYTES:
-                    raise OSError("nothing below has a path that could be told")
-                fd, status = _enter(directories.pop(), self._fd)
+                fd, status = _enter(name, self._fd)
             except OSError:
                 self.left_out += 1
                 continue
@@ -240,6 +242,10 @@ class _Walk:
         finally:
             os.close(fd)
         return result
+
+
+def _is_too_long(path: str) -> bool:
+    return len(path) * 4 > PATH_BYTES and len(os.fsencode(path)) > PATH_BYTES
 
 
 def _enter(name: str, parent: int | None) -> tuple[int, os.stat_result]:
@@ -323,8 +329,8 @@ class _Stream:
 class Selection:
     """Which paths a list of globs means: `*`, `?` and `[...]` within a component, `**` over any number of them.
 
-    A glob that matches a directory means all below it; hidden names are names like others. However many stars a glob has,
-    there is no blow-up: every star but the last is settled by the first place that fits.
+    A glob that matches a directory means all below it; hidden names are names like others. However many stars a glob
+    has, there is no blow-up: every star but the last is settled by the first place that fits.
     """
 
     def __init__(self, patterns: tuple[str, ...]) -> None:

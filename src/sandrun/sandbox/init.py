@@ -12,7 +12,7 @@ import select
 import signal
 from typing import NoReturn
 
-from sandrun.linux import process, seccomp
+from sandrun.linux import capabilities, process, seccomp
 from sandrun.sandbox import job, messages, rootfs
 from sandrun.sandbox.spec import Spec, close
 from sandrun.sandbox.steps import INIT_STEPS, StepFailed, take
@@ -46,6 +46,9 @@ def _supervise(spec: Spec, pid: int) -> NoReturn:
         wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGCHLD, _note)
+        step = "init capabilities"
+        if spec.nest.shared_uid:
+            capabilities.clear()
         step = "init filter"
         if spec.nest.init_filter:
             seccomp.load(spec.nest.init_filter)

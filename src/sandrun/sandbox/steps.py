@@ -104,11 +104,12 @@ def enter_user_namespace(spec: Spec) -> None:
 def limit_init(spec: Spec) -> None:
     """KILL to end the job's processes, SETUID and SETGID to start them: in the job's user namespace, no more.
 
-    With one uid not even these: the same user may signal them, and the job makes the user namespace itself.
+    With one uid none of these: the same user may signal the job, and the job makes the user namespace itself. It maps
+    the parent's uid 0, so its maker must have had CAP_SETFCAP (Linux 5.12); init drops that when the job is forked.
     """
     capabilities.drop_bounding()
     if spec.nest.shared_uid:
-        capabilities.clear()
+        capabilities.keep(("CAP_SETFCAP",))
     else:
         capabilities.keep(("CAP_KILL", "CAP_SETUID", "CAP_SETGID"))
     process.set_no_new_privs()  # else the filter would need CAP_SYS_ADMIN

@@ -31,7 +31,8 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred, unix(7)
 
 
 class Box:
-    """Made by the server when it starts a job; tells it by `server.finished(box)` when nothing of it is left.
+    """Made by the server when it starts a job; tells it by `server.ended` what became of the job, and by
+    `server.finished` when nothing of it is left.
 
     Attributes:
         reason: outcome that the spawner has decided on, None while the job decides itself.
@@ -57,6 +58,7 @@ class Box:
         self.started = 0.0
         self.ended = 0.0
         self.dead = False
+        self.told = False
         self.done: Callable[[protocol.Ended], None] | None = None
         self.ours: list[socket.socket] = []
         control, init_end = protocol.pair()
@@ -126,8 +128,8 @@ class Box:
             self._stop_timers()
             self._count_oom()
             self.timer = self.server.at(self.ended + COLLECT_SECONDS, self.kill)
-        elif kind == messages.DONE:
-            pass  # init ends now; its pidfd tells when nothing is left
+        elif kind == messages.DONE and self.exited is not None:
+            self._tell()  # init has reaped every process but itself: what is left to do can wait for the answer
         else:
             self.fail(messages.failure("init", ProtocolError(f"unexpected message {kind!r}")))
 
@@ -255,7 +257,8 @@ class Box:
         if self.exited is None:
             self.ended = time.monotonic()
             self._count_oom()
-        self.usage = self.cgroup.usage() if self.cgroup is not None else (None, None, None, None)
+        if not self.told:
+            self._tell()
         if self.oom >= 0:
             self.server.unwatch(self.oom)
             self.oom = -1
@@ -276,6 +279,12 @@ class Box:
                     return
                 self.server.log(f"cgroup of slot {self.slot} is still busy and is left behind")
         self.server.finished(self)
+
+    def _tell(self) -> None:
+        """Read the meters and tell what became of the job, once."""
+        self.told = True
+        self.usage = self.cgroup.usage() if self.cgroup is not None else (None, None, None, None)
+        self.server.ended(self, self.verdict())
 
     def verdict(self) -> protocol.Ended:
         cpu, memory, _, tasks = self.usage

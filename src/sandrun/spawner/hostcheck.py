@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sandrun.config import Config
 from sandrun.linux import hierarchy, landlock, process, seccomp
-from sandrun.linux.cgroup import DELEGATE
+from sandrun.linux.cgroup import DELEGATE, swap_active
 from sandrun.sandbox import messages
 from sandrun.spawner import protocol, supervisor
 
@@ -92,7 +92,7 @@ def _cgroups() -> list[Finding]:
 
 
 def _swap() -> Finding:
-    if not hierarchy.swap_active():
+    if not swap_active():
         return Finding("swap", True, "the host has no swap", "")
     found = hierarchy.detect()
     memory = found.where.get("memory")

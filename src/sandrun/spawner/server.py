@@ -474,11 +474,15 @@ class Server:
         if box.done is None:
             self._send(protocol.encode_started(box.start.ticket))
 
+    def ended(self, box: Box, verdict: protocol.Ended) -> None:
+        """The job is over."""
+        del self.tickets[box.start.ticket]
+        (box.done or self._tell_ended)(verdict)
+
     def finished(self, box: Box) -> None:
-        """Nothing of `box` is left."""
-        del self.boxes[box.slot], self.tickets[box.start.ticket], box.tenant.boxes[box.slot]
+        """Nothing of `box` is left: its slot, and with it its ids, may be another's."""
+        del self.boxes[box.slot], box.tenant.boxes[box.slot]
         heapq.heappush(self.free, box.slot)
-        (box.done or self._tell_ended)(box.verdict())
 
     def _tell_ended(self, ended: protocol.Ended) -> None:
         self._send(ended.encode())
