@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from sandrun.cli import connection, verdict
+from sandrun.cli import connection, isolation, verdict
 from sandrun.cli.progress import working
 from sandrun.cli.terminal import one_line, print_json
 
@@ -19,7 +19,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the whole result object")
     parser.add_argument("--wait", action="store_true", help="wait until the job has ended")
-    parser.add_argument("--isolation", action="store_true", help="show every measurement of the isolation report")
+    parser.add_argument("--isolation", action="store_true", help="one line a wall, as it was measured")
     connection.add_job(parser)
 
 
@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for label, text in lines(result.raw):
         print(f"{label + ':':12}{text}")
-    if args.isolation:
-        for path, value in flatten(result.isolation):
-            print(f"  {one_line(path)}: {one_line(str(value))}")
+    if args.isolation and result.isolation:
+        for name, value in isolation.lines(result.isolation):
+            print(f"  {name + ':':14}{one_line(value)}")
     return 0
 
 
@@ -61,25 +61,5 @@ def lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     found.extend((stream, f"{count} bytes were not kept") for stream, count in dropped if count)
     found.extend(("output", f"{file['path']} ({verdict.size(file['size'])})") for file in result["output_files"])
     if result["isolation"]:
-        found.append(("isolation", isolation_line(result["isolation"])))
+        found.append(("isolation", isolation.headline(result["isolation"])))
     return [(label, one_line(text)) for label, text in found]
-
-
-def isolation_line(report: Mapping[str, Any]) -> str:
-    """How much was measured; what was waived stands first, for it is what matters."""
-    count = sum(1 for _ in flatten(report))
-    waived = next(
-        (value for path, value in flatten(report) if path.endswith("waived") and value not in ("", "[]")), None
-    )
-    return (f"WAIVED {waived}; " if waived else "") + f"{count} measurements, --isolation or --json shows them"
-
-
-def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """A tree of values as dotted paths."""
-    if isinstance(value, Mapping):
-        return [item for key, below in value.items() for item in flatten(below, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list):
-        if all(not isinstance(item, (Mapping, list)) for item in value):
-            return [(path, " ".join(map(str, value)))]
-        return [item for i, below in enumerate(value) for item in flatten(below, f"{path}[{i}]")]
-    return [(path, "" if value is None else str(value).lower() if isinstance(value, bool) else str(value))]

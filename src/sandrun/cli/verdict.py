@@ -67,7 +67,8 @@ def usage(result: Mapping[str, Any]) -> str:
     if measured.get("memory_peak_bytes") is not None:
         parts.append(f"{size(measured['memory_peak_bytes'])} memory")
     if measured.get("processes_peak") is not None:
-        parts.append(f"{measured['processes_peak']} processes")
+        count = measured["processes_peak"]
+        parts.append(f"{count} process{'es' if count != 1 else ''}")
     return ", ".join(parts)
 
 
