@@ -1,8 +1,8 @@
 """Collecting a job's outputs inside the sandbox, as the job's user, all processes dead: requirements 24, 31, 32.
 
 The tree is the job's work: a thousand levels deep, modes 000, sockets, links to anywhere. Each directory is opened by
-its last component from its parent's descriptor, so no link in any component is ever followed, and the way up is checked.
-Few descriptors are open however deep the tree is. What it writes is untrusted to its reader, `jobs.outputs`.
+its last component from its parent's descriptor, so that no link in any component is ever followed, and the way up is
+checked. Few descriptors are open however deep the tree is. What it writes is untrusted to its reader, `jobs.outputs`.
 
 The stream is frames, `FRAME` and then that many bytes:
 
