@@ -24,7 +24,8 @@ class Died(Exception):
 
 def in_child(probe: Callable[[], Any], namespaces: int = 0) -> Any:
     """The picklable result of `probe`, run in a forked child. Its exceptions are raised here, its signals as Died."""
-    if os.geteuid() != 0:
+    uid, gid = os.geteuid(), os.getegid()
+    if uid != 0:
         namespaces |= process.CLONE_NEWUSER
     end, start = os.pipe()
     pid, pidfd = process.clone3(process.CLONE_NEWPID | namespaces)
@@ -32,6 +33,11 @@ def in_child(probe: Callable[[], Any], namespaces: int = 0) -> Any:
         try:
             process.set_parent_death_signal(signal.SIGKILL)
             try:
+                if uid != 0:
+                    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+                        descriptor = os.open(f"/proc/self/{name}", os.O_WRONLY)
+                        os.write(descriptor, text.encode())
+                        os.close(descriptor)
                 answer = pickle.dumps((True, probe()))
             except BaseException as error:
                 answer = pickle.dumps((False, error))

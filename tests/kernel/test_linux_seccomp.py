@@ -141,7 +141,7 @@ words = st.sampled_from([0, 1, 0x10, 0x11, 0x80000000, 0xFFFFFFFF, 1 << 32, 1 <<
 
 
 @pytest.mark.requirement(6)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, database=None)
 @given(
     rules=st.lists(
         st.tuples(
