@@ -9,6 +9,7 @@ configuration and returns: start-up goes on and runs the script as it runs any, 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
@@ -75,10 +76,21 @@ def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> Non
         sys.path_importer_cache.pop(archive, None)
     for name in [name for name in sys.modules if name == "sandrun" or name.startswith("sandrun.")]:
         _keep(sys.modules.pop(name))
+    atexit.register(_spare, tuple(sys.modules))
     custom = sys.modules.get("sitecustomize")  # the import machinery still needs the name, nobody what is in it
     if custom is not None:
         for name in [name for name in vars(custom) if not name.startswith("__")]:
             delattr(custom, name)
+
+
+def _spare(names: tuple[str, ...]) -> None:
+    """Last of the exit handlers: take what the zygote had loaded out of the interpreter's tidying up.
+
+    What the client's script made or imported is torn down as ever: `__del__` runs, open files are flushed.
+    """
+    for name in names:
+        if name != "__main__" and name in sys.modules:
+            _keep(sys.modules.pop(name))
 
 
 def _keep(thing: object) -> None:
