@@ -275,9 +275,11 @@ def i386_getpid() -> int:
 @pytest.mark.skipif(MACHINE != "x86_64", reason="i386 is x86-64's")
 def test_i386_call_kills():
     try:
-        assert in_child(i386_getpid) == 1
+        answered = in_child(i386_getpid)
     except Died:
-        pytest.skip("this kernel is built without 32-bit calls, so there is nothing to refuse")
+        answered = None
+    if answered != 1:  # user-mode Linux takes it for a 64-bit call, a kernel without 32-bit calls for a fault
+        pytest.skip("this kernel answers no 32-bit calls, so there is nothing to refuse")
     with pytest.raises(Died) as caught:
         under(Filter(ALLOW).export(), i386_getpid)
     assert caught.value.signal == signal.SIGSYS
