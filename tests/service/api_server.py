@@ -1,4 +1,4 @@
-"""The HTTP layer on a real socket, in the test's own loop; requests are written byte by byte where that is the point."""
+"""The HTTP layer on a real socket, in the test's own loop; requests are written byte by byte where that matters."""
 
 from __future__ import annotations
 

@@ -96,6 +96,9 @@ async def echo() -> Echo:
 async def server(echo: Echo) -> Any:
     async with listening(echo, QUICK, interval=0.05) as served:
         yield served
+        async with asyncio.timeout(3):  # no connection outlives its client
+            while len(served.registry):
+                await asyncio.sleep(0.02)
 
 
 async def test_request_within_bounds_is_answered_and_connection_kept(server: Listening) -> None:
@@ -391,7 +394,8 @@ def handshake(path: bytes = b"/ws", **changes: bytes | None) -> bytes:
         "Upgrade": b"websocket",
         "Sec-WebSocket-Version": b"13",
         "Sec-WebSocket-Key": b"AAAAAAAAAAAAAAAAAAAAAA==",
-    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    }
+    headers.update({name.replace("_", "-"): value for name, value in changes.items()})
     lines = [name.encode() + b": " + value for name, value in headers.items() if value is not None]
     return b"GET " + path + b" HTTP/1.1\r\n" + b"\r\n".join(lines) + b"\r\n\r\n"
 

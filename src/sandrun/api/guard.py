@@ -245,7 +245,7 @@ class Guard(HttpToolsProtocol):
     @property
     def _in_flight(self) -> bool:
         """Whether an answer is due."""
-        return self.cycle is not None and not self.cycle.response_complete
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.disconnected
 
     def timeout_keep_alive_handler(self) -> None:
         """uvicorn's own timer, which any byte stops for good: `look` does its work."""
@@ -431,6 +431,7 @@ class Guard(HttpToolsProtocol):
         if in_flight:  # its body will never be whole: whoever reads it hears that the client is gone
             cycle.disconnected = True
             cycle.message_event.set()
+            self.flow.resume_reading()  # or we would not see its end
         elif phase == BODY:  # it was answered, before its body was over
             self.transport.close()
             return

@@ -168,6 +168,8 @@ def die_with_parent(wanted: Wanted, report: Report) -> None:
 def no_new_privs(wanted: Wanted, report: Report) -> None:
     process.set_no_new_privs()
     report.no_new_privs = process.get_no_new_privs()
+    if not report.no_new_privs:
+        raise PermissionError(errno.EPERM, "prctl: no_new_privs is not set")
 
 
 def restrict_files(wanted: Wanted, report: Report) -> None:

@@ -38,7 +38,7 @@ CLOSE_SECONDS = 5
 BACKLOG = 512
 
 LATER_IMPORTS = (
-    "uvicorn.lifespan.off uvicorn.protocols.http.flow_control websockets.legacy.http websockets.extensions "
+    "uvicorn.lifespan.off uvicorn.protocols.http.flow_control "
     "email.utils encodings.idna encodings.utf_8 encodings.latin_1 encodings.ascii encodings.unicode_escape stringprep "
     "asyncio.base_events asyncio.selector_events asyncio.sslproto asyncio.unix_events concurrent.futures.thread "
     "multipart ssl tarfile zlib traceback linecache tokenize uvloop httptools"
