@@ -28,7 +28,7 @@ from sandrun.jobs.clients import Client, Clients
 from sandrun.jobs.config import JobsConfig, default_store_bytes
 from sandrun.jobs.job import Input, InputFile, Job
 from sandrun.jobs.memfile import sealed
-from sandrun.jobs.request import RunRequest, parse_run
+from sandrun.jobs.request import RunRequest
 from sandrun.jobs.result import ExecutionMetadata, Failure, JobResult, Truncated
 from sandrun.jobs.running import Running
 from sandrun.jobs.scheduler import Bounds, Scheduler
@@ -138,14 +138,6 @@ class JobService:
         self._refuse_if_draining()
         return self._store.open(client)
 
-    def check_manifest(self, manifest_bytes: bytes) -> None:
-        """Refuse a bad manifest before its archive is received, if it is small enough to look at on the way.
-
-        Raises: InvalidInput.
-        """
-        if len(manifest_bytes) <= SMALL_BYTES:
-            self._refuse_missing(parse_manifest(manifest_bytes, self.config.ceilings))
-
     async def submit(
         self, client: Client, archive_fd: int, manifest_bytes: bytes | None, account: Account | None = None
     ) -> Job:
@@ -171,11 +163,6 @@ class JobService:
             job = self._make(client, manifest, given, held, inputs, keep=True)
         self._enqueue(job)
         return job
-
-    async def parse_run(self, client: Client, body: bytes) -> RunRequest:
-        """A body of `/run`, a large one in a thread. Raises: InvalidInput, TooLarge."""
-        parse = partial(parse_run, body, self.config.ceilings)
-        return parse() if len(body) <= SMALL_BYTES else await self._checks.run(client, parse)
 
     async def run(self, client: Client, request: RunRequest) -> Job:
         """Queue a job that came whole in one request; returns when it has left the queue, running or already ended.
