@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     for finding in findings:
         print(f"{'ok' if finding.ok else 'MISSING':9}{finding.name:{width}}  {one_line(finding.details)}")
         if finding.fix and not finding.ok:
-            print(f"{'':9}{'':{width}}  fix: {one_line(finding.fix)}")
+            print(f"{'':9}{'':{width}}  fix: {one_line(finding.fix.removeprefix('Fix: '))}")
     return 0 if good else 1

@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if given and args.outputs is None:
         given.setdefault("outputs", [])
     text = manifest.encode(given) if given else None
+    if args.outputs is not None:
+        os.makedirs(args.outputs, exist_ok=True)  # a directory that cannot be made is known before the job has run
     with spawner(config, given.get("environment")) as connection:
         return asyncio.run(_run(args, config, connection, archive, text))
 
@@ -183,9 +185,10 @@ async def _copy(buffer: LogBuffer, target: JobStream) -> None:
 
 def _report(args: argparse.Namespace, service: JobService, job: Job) -> None:
     result = dataclasses.asdict(service.result(job, logs=args.json))
-    saved = _save(args, job) if args.outputs is not None else []
     if args.json:
         print_json(result)
+    saved = _save(args, job) if args.outputs is not None else []
+    if args.json:
         return
     if result["outcome"] != Outcome.EXITED or result["limits_hit"] or any(result["truncated"].values()):
         complain(verdict.summary(result))
@@ -197,7 +200,6 @@ def _save(args: argparse.Namespace, job: Job) -> list[str]:
     from sandrun.client.save import Saving
     from sandrun.model import OutputFile
 
-    os.makedirs(args.outputs, exist_ok=True)
     saved = []
     for output in job.outputs.values():
         file = OutputFile(path=output.path, size=output.size, sha256=output.sha256)

@@ -70,7 +70,8 @@ class AsyncClient:
 
         `__pycache__` and `.git` are left behind; anything else that no server would take raises InvalidInput by name.
         """
-        return read_submitted(await self._send(requests.submit(source, manifest, fields)))
+        request = await asyncio.to_thread(requests.submit, source, manifest, fields)  # packing takes seconds
+        return read_submitted(await self._send(request))
 
     async def result(self, job_id: str) -> Result:
         """How the job stands now."""
