@@ -184,7 +184,9 @@ def test_giving_back_more_than_is_held_gives_back_what_is_held():
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["take", "grant", "back", "close", "settle"]), st.integers(0, 3), st.integers(0, 400)),
+        st.tuples(
+            st.sampled_from(["take", "grant", "back", "close", "settle"]), st.integers(0, 3), st.integers(0, 400)
+        ),
         max_size=60,
     )
 )

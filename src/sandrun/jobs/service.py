@@ -8,46 +8,27 @@ Whatever is refused leaves nothing behind: no memory file, no byte held, no plac
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any
-
-import structlog
 
 from sandrun.errors import InvalidInput, NotFound, Overloaded, ProtocolError
-from sandrun.jobs.archive import build_archive, check_archive, check_entrypoint
 from sandrun.jobs.checks import Checks
 from sandrun.jobs.clients import Client, Clients
 from sandrun.jobs.config import JobsConfig, default_store_bytes
+from sandrun.jobs.describe import describe, log_end, log_fields
+from sandrun.jobs.intake import check_upload, pack_request
 from sandrun.jobs.job import Input, InputFile, Job
-from sandrun.jobs.memfile import sealed
 from sandrun.jobs.request import RunRequest
-from sandrun.jobs.result import ExecutionMetadata, Failure, JobResult, Truncated
+from sandrun.jobs.result import Failure, JobResult
 from sandrun.jobs.running import Running
 from sandrun.jobs.scheduler import Bounds, Scheduler
 from sandrun.jobs.store import Account, Store
 from sandrun.jobs.wakeup import Wakeup
-from sandrun.model import (
-    INLINE_OUTPUT_BYTES,
-    INLINE_OUTPUTS_BYTES,
-    MIB,
-    SPARE_MEMORY_BYTES,
-    Ceilings,
-    LimitHit,
-    Manifest,
-    Outcome,
-    OutputFile,
-    Status,
-    parse_manifest,
-    show,
-)
+from sandrun.model import LimitHit, Manifest, Outcome, Status, parse_manifest, show
 from sandrun.spawner.client import Ended, Order, SpawnerClient, SpawnerFacts
 
 JOB_BYTES = 16 * 1024
@@ -57,9 +38,6 @@ SMALL_BYTES = 64 * 1024
 CANCEL_SECONDS = 5.0
 START_AGAIN_SECONDS = 0.05
 """How soon to try again when the spawner is being replaced or is busy."""
-
-TELLING_STEPS = ("unpack", "snapshot")
-"""Set-up steps whose errors may quote what a client sent: their text stays out of the log."""
 
 
 class JobService:
@@ -414,127 +392,3 @@ class JobService:
             if left <= 0 or not await self._idle.wait(left):
                 return not self._running
         return True
-
-
-def check_upload(
-    given: Input, manifest: Manifest | bytes | None, ceilings: Ceilings
-) -> tuple[Manifest, tuple[InputFile, ...]]:
-    """Read an upload's manifest and archive, and put the job's input into a memory file of its own. For a thread.
-
-    Raises: InvalidInput naming the field or the archive's member.
-    """
-    if isinstance(manifest, bytes):
-        manifest = parse_manifest(manifest, ceilings)
-    summary = check_archive(given.archive_fd)
-    if manifest is None:
-        if summary.manifest_bytes is None:
-            raise InvalidInput("manifest", "is missing: send a part `manifest`, or job.json in the archive")
-        manifest = parse_manifest(summary.manifest_bytes, ceilings)
-    check_entrypoint(summary, manifest)
-    check_room(manifest, summary.unpacked_bytes)
-    add_stdin(given, manifest)
-    return manifest, tuple(InputFile(path=path, size=size, sha256=digest) for path, size, digest in summary.files)
-
-
-def pack_request(given: Input, request: RunRequest) -> tuple[InputFile, ...]:
-    """Make memory files out of a request's files and input. For a thread when they are large. Raises: InvalidInput."""
-    check_room(request.manifest, sum(map(len, request.files.values())))
-    archive = build_archive(request.files)
-    given.archive_fd = sealed("archive", archive)
-    given.archive_bytes = len(archive)
-    add_stdin(given, request.manifest)
-    return tuple(
-        InputFile(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-        for path, data in request.files.items()
-    )
-
-
-def check_room(manifest: Manifest, unpacked_bytes: int) -> None:
-    """Files are held in the job's own memory. Raises: InvalidInput if they leave too little of it."""
-    needed = unpacked_bytes + SPARE_MEMORY_BYTES
-    if needed > manifest.memory_mb * MIB:
-        raise InvalidInput(
-            "memory_mb",
-            f"{manifest.memory_mb} is too small: the files unpack to {unpacked_bytes} bytes in the job's own memory, "
-            f"which with {SPARE_MEMORY_BYTES // MIB} MiB to spare takes {-(-needed // MIB)}",
-        )
-
-
-def add_stdin(given: Input, manifest: Manifest) -> None:
-    if manifest.stdin:
-        given.stdin_fd = sealed("stdin", manifest.stdin)
-        given.stdin_bytes = len(manifest.stdin)
-
-
-def describe(job: Job, position: int | None, *, logs: bool) -> JobResult:
-    """The result object of a job; see `JobService.result`."""
-    usage = job.usage
-    shown = []
-    room = INLINE_OUTPUTS_BYTES
-    for output in job.outputs.values():
-        inline = None
-        if logs and output.size <= min(INLINE_OUTPUT_BYTES, room):
-            room -= output.size
-            inline = base64.b64encode(output.data).decode()
-        shown.append(OutputFile(path=output.path, size=output.size, sha256=output.sha256, content_base64=inline))
-    return JobResult(
-        job_id=job.id,
-        job_tag=job.tag,
-        status=job.status,
-        outcome=job.outcome,
-        exit_code=job.exit_code,
-        signal=job.signal,
-        position=position,
-        stdout=job.stdout.text() if logs else None,
-        stderr=job.stderr.text() if logs else None,
-        truncated=Truncated(stdout=job.stdout.truncated, stderr=job.stderr.truncated),
-        limits_hit=list(job.limits_hit),
-        execution_metadata=ExecutionMetadata(
-            submitted_at=_utc(job, job.submitted),
-            started_at=_utc(job, job.started) if job.started is not None else None,
-            ended_at=_utc(job, job.ended) if job.ended is not None else None,
-            queue_seconds=round(job.left_queue - job.submitted, 6) if job.left_queue is not None else None,
-            wall_seconds=usage.wall_seconds if usage is not None else None,
-            cpu_seconds=usage.cpu_seconds if usage is not None else None,
-            memory_peak_bytes=usage.memory_peak_bytes if usage is not None else None,
-            processes_peak=usage.processes_peak if usage is not None else None,
-            interpreter=job.manifest.interpreter,
-            environment=job.manifest.environment,
-        ),
-        output_files=shown,
-        outputs_omitted=job.outputs_omitted,
-        isolation=dict(job.isolation),
-        failure=job.failure,
-    )
-
-
-def log_fields(job: Job) -> dict[str, Any]:
-    """What stays of a job in the log: tag, sizes, verdict, nothing of its content (requirement 26)."""
-    return {
-        "job": job.tag,
-        "outcome": job.outcome,
-        "exit_code": job.exit_code,
-        "limits_hit": job.limits_hit,
-        "stdout_bytes": job.stdout.total,
-        "stderr_bytes": job.stderr.total,
-        "outputs": len(job.outputs),
-        "wall_seconds": job.usage and round(job.usage.wall_seconds, 6),
-        "cpu_seconds": job.usage and job.usage.cpu_seconds,
-    }
-
-
-def log_end(fields: dict[str, Any], ended: Ended) -> None:
-    """One line for a job's end. Why a sandbox could not be built names host paths, so only the log is told."""
-    log = structlog.get_logger()
-    if ended.failed is None:
-        log.info("job_ended", **fields)
-    else:
-        told = {"step": ended.failed.get("step"), "errno": ended.failed.get("errno")}
-        if told["step"] not in TELLING_STEPS:
-            told["details"] = str(ended.failed.get("details"))[:1000]
-        log.error("setup_failed", **fields, **told)
-
-
-def _utc(job: Job, monotonic: float) -> str:
-    moment = datetime.fromtimestamp(job.submitted_at + monotonic - job.submitted, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
