@@ -31,6 +31,14 @@ STRING_BYTES = 128 * 1024
 """The most one argument or variable may have: MAX_ARG_STRLEN of execve(2)."""
 STRINGS_BYTES = 1 * MIB
 """The most all arguments and variables may have together: below the kernel's quarter of the stack limit."""
+PATH_BYTES = 4000
+"""The most a path below the work directory may have: with that before it, less than PATH_MAX."""
+COMPONENT_BYTES = 255
+OUTPUT_PATTERNS = 256
+OUTPUT_PATTERNS_BYTES = 16 * 1024
+"""The most all globs may have together; each is compiled for the job."""
+VALUES = 20_000
+"""The most values in one JSON text: what decodes from it takes far more memory than the text."""
 CODE_BYTES = 1 * MIB
 STDIN_BYTES = 16 * MIB
 RUN_BODY_BYTES = 16 * MIB
@@ -179,11 +187,13 @@ class OutputFile:
 # ---- reading a manifest ------------------------------------------------------------------------------------
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 
 
 def parse_json(text: bytes, *, what: str, depth: int = MANIFEST_DEPTH) -> Any:
-    """Strict JSON: UTF-8, no duplicate key, no NaN or Infinity (1e999 is one), nesting at most `depth`.
+    """Strict JSON: UTF-8, no duplicate key, no NaN or Infinity (1e999 is one), nesting at most `depth`, VALUES values.
 
     Raises: InvalidInput naming `what`. RFC 8259; RFC 7493 (I-JSON) for the duplicates.
     """
@@ -214,26 +224,8 @@ def parse_json(text: bytes, *, what: str, depth: int = MANIFEST_DEPTH) -> Any:
         decoded = text.decode()
     except UnicodeDecodeError as error:
         refuse(f"is not UTF-8 (byte {error.start})")
-    level = deepest = 0
-    in_string = False
-    skip = False
-    for character in decoded:  # the parser recurses in C: measure the nesting before it does
-        if in_string:
-            if skip:
-                skip = False
-            elif character == "\\":
-                skip = True
-            elif character == '"':
-                in_string = False
-        elif character == '"':
-            in_string = True
-        elif character in "[{":
-            level += 1
-            deepest = max(deepest, level)
-            if deepest > depth:
-                refuse(f"is nested deeper than {depth} levels")
-        elif character in "]}":
-            level -= 1
+    if flaw := _shape_flaw(text, depth):
+        refuse(flaw)
     try:
         return json.loads(
             decoded,
@@ -246,9 +238,31 @@ def parse_json(text: bytes, *, what: str, depth: int = MANIFEST_DEPTH) -> Any:
         refuse(f"is not JSON: {error}")
 
 
+def _shape_flaw(text: bytes, depth: int) -> str:
+    """What is too deep or too much, told before the parser recurses (in C) and allocates (20 bytes for one of text).
+
+    Right for all that stands before the first syntax error, and the parser goes no further. Every step is one of C's.
+    """
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # escapes hide where a string ends
+    if bare.count(b'"') > 2 * VALUES:
+        return f"has more than {VALUES} strings"
+    outside = b"".join(bare.split(b'"')[::2])
+    brackets = outside.translate(None, _NO_BRACKETS)
+    if len(brackets) + outside.count(b",") > VALUES:
+        return f"has more than {VALUES} values"
+    level = 0
+    for bracket in brackets:
+        level += 1 if bracket in b"[{" else -1
+        if level > depth:
+            return f"is nested deeper than {depth} levels"
+    return ""
+
+
 def show(value: object, most: int = 80) -> str:
     """A client's value for an error message: on one line, bounded, without control characters."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = value[: most + 1] if isinstance(value, str) else json.dumps(value, default=str)
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -262,16 +276,21 @@ def check_path(text: str, what: str) -> str:
         raise InvalidInput(what, "is empty")
     if text.startswith("/"):
         raise InvalidInput(what, f"{show(text)} is absolute; paths are relative to the work directory")
-    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+    if _CONTROL.search(text):
         raise InvalidInput(what, f"{show(text)} has a control character")
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise InvalidInput(what, f"{show(text)} has a component '..'")
     if not parts:
         raise InvalidInput(what, f"{show(text)} names the work directory itself")
-    encoded = text.encode("utf-8", "surrogateescape")
-    if len(encoded) > 4000 or any(len(p.encode("utf-8", "surrogateescape")) > 255 for p in parts):
-        raise InvalidInput(what, f"{show(text)} is longer than 4000 bytes, or a component than 255")
+    try:
+        lengths = [len(part.encode("utf-8", "surrogateescape")) for part in parts]  # so a local name keeps its bytes
+    except UnicodeEncodeError:
+        raise InvalidInput(what, f"{show(text)} has a lone surrogate, which is not text") from None
+    if sum(lengths) + len(lengths) > PATH_BYTES or max(lengths) > COMPONENT_BYTES:
+        raise InvalidInput(
+            what, f"{show(text)} is longer than {PATH_BYTES} bytes, or one of its components than {COMPONENT_BYTES}"
+        )
     return "/".join(parts)
 
 
@@ -292,7 +311,7 @@ class _Reader:
         return self.left.pop(key, None)
 
     def string(self, key: str) -> str | None:
-        value = self.take(key)
+        value: str | None = self.take(key)
         if value is not None:
             check_string(value, key)
         return value
@@ -329,18 +348,23 @@ class _Reader:
         return tuple(value)
 
 
-def check_string(value: object, what: str, most: int = STRING_BYTES) -> None:
-    """Raises: InvalidInput unless `value` is a string without NUL or lone surrogates, of at most `most` bytes."""
+def check_text(value: object, what: str, most: int = STRING_BYTES) -> bytes:
+    """A string in UTF-8. Raises: InvalidInput unless it is one, without lone surrogates, of at most `most` bytes."""
     if not isinstance(value, str):
         raise InvalidInput(what, f"{show(value)} must be a string")
-    if "\0" in value:
-        raise InvalidInput(what, "has a NUL character, which no argument or name can hold")
     try:
-        size = len(value.encode())
+        encoded = value.encode()
     except UnicodeEncodeError:
         raise InvalidInput(what, "has a lone surrogate, which is not text") from None
-    if size > most:
-        raise InvalidInput(what, f"has {size} bytes; accepted: at most {most}")
+    if len(encoded) > most:
+        raise InvalidInput(what, f"has {len(encoded)} bytes; accepted: at most {most}")
+    return encoded
+
+
+def check_string(value: object, what: str, most: int = STRING_BYTES) -> None:
+    """As `check_text`, and without NUL."""
+    if b"\0" in check_text(value, what, most):
+        raise InvalidInput(what, "has a NUL character, which no argument or name can hold")
 
 
 def parse_manifest(text: bytes, ceilings: Ceilings) -> Manifest:
@@ -349,7 +373,7 @@ def parse_manifest(text: bytes, ceilings: Ceilings) -> Manifest:
     Raises: InvalidInput naming field, value and accepted range (requirement 29).
     """
     if len(text) > MANIFEST_BYTES:
-        raise InvalidInput("manifest", f"has {len(text)} bytes; accepted: at most {MANIFEST_BYTES}")
+        raise InvalidInput("manifest", f"has more than {MANIFEST_BYTES} bytes, the most accepted")
     return manifest_from(parse_json(text, what="manifest"), ceilings)
 
 
@@ -359,9 +383,10 @@ def manifest_from(value: object, ceilings: Ceilings, *, default_timeout: float =
     entrypoint = read.string("entrypoint")
     if entrypoint is None:
         raise InvalidInput("entrypoint", "is missing; it names the file in the archive that is run")
-    if entrypoint.startswith("-"):
-        raise InvalidInput("entrypoint", f"{show(entrypoint)} begins with '-', which an interpreter takes for an option")
-    entrypoint = check_path(entrypoint, "entrypoint")
+    given = entrypoint
+    entrypoint = check_path(given, "entrypoint")
+    if entrypoint.startswith("-"):  # `./-c` too, of which the normal form is an option
+        raise InvalidInput("entrypoint", f"{show(given)} begins with '-', which an interpreter takes for an option")
     interpreter = read.string("interpreter")
     if interpreter is None:
         dot = entrypoint.rfind(".", entrypoint.rfind("/") + 1)
@@ -374,14 +399,12 @@ def manifest_from(value: object, ceilings: Ceilings, *, default_timeout: float =
     if total > STRINGS_BYTES:
         raise InvalidInput("args", f"args and env have {total} bytes together; accepted: at most {STRINGS_BYTES}")
     stdin = read.take("stdin")
-    if stdin is not None and (not isinstance(stdin, str) or "stdin" in _surrogates(stdin)):
-        raise InvalidInput("stdin", "must be a string of text")
-    stdin_bytes = (stdin or "").encode()
-    if len(stdin_bytes) > STDIN_BYTES:
-        raise InvalidInput("stdin", f"has {len(stdin_bytes)} bytes; accepted: at most {STDIN_BYTES}")
-    outputs = read.strings("outputs", 256)
+    stdin_bytes = b"" if stdin is None else check_text(stdin, "stdin", STDIN_BYTES)
+    outputs = read.strings("outputs", OUTPUT_PATTERNS)
     for pattern in outputs or ():
         check_path(pattern, "outputs")
+    if (total := sum(len(pattern.encode()) for pattern in outputs or ())) > OUTPUT_PATTERNS_BYTES:
+        raise InvalidInput("outputs", f"has {total} bytes in all; accepted: at most {OUTPUT_PATTERNS_BYTES}")
     environment = read.take("environment")
     if isinstance(environment, dict):
         raise InvalidInput("environment", "environment names a package set; variables go in env")
@@ -403,14 +426,6 @@ def manifest_from(value: object, ceilings: Ceilings, *, default_timeout: float =
     )
     read.end()
     return manifest
-
-
-def _surrogates(text: str) -> tuple[str, ...]:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return ("stdin",)
-    return ()
 
 
 def _parse_env(value: object) -> dict[str, str]:

@@ -30,7 +30,7 @@ class ArchiveSummary:
 
     Attributes:
         manifest_bytes: `job.json` at the top, None if there is none; cut off a byte after the most a manifest may have.
-        files: path, size and SHA-256 (hex) of each regular file, in the archive's order.
+        files: path (undecodable bytes as \\xNN), size and SHA-256 (hex) of each regular file, in the archive's order.
         others: path -> kind of each directory and symbolic link.
         unpacked_bytes: of all files' content.
         digest: SHA-256 (hex) of what is unpacked: the canonical JSON of [path, kind, SHA-256 of the content or the
@@ -60,7 +60,7 @@ def check_archive(fd: int) -> ArchiveSummary:
     listing: list[tuple[str, str, str, bool]] = []
     unpacked_bytes = 0
     for member in archive:
-        path = member.path.decode()
+        path = member.path.decode(errors="backslashreplace")
         if member.kind == FILE:
             digest = hashlib.sha256()
             kept = bytearray()
@@ -74,7 +74,7 @@ def check_archive(fd: int) -> ArchiveSummary:
             files.append((path, member.size, content))
             unpacked_bytes += member.size
         else:
-            content = member.target.decode()
+            content = member.target.decode(errors="backslashreplace")
             others[path] = member.kind
         listing.append((path, member.kind, content, member.executable))
     listing.sort()
@@ -133,7 +133,7 @@ def build_archive(files: Mapping[str, bytes]) -> bytes:
             if len(directories) > IMPLIED_DIRECTORIES:
                 raise InvalidInput("files", f"{show(path)} is one directory too many; accepted: {IMPLIED_DIRECTORIES}")
             parent = parent.rpartition("/")[0]
-        name = path.encode()
+        name = path.encode("utf-8", "surrogateescape")
         if len(name) > 100:
             record = _pax_record(b"path", name)
             parts += (_header(b"long name", len(record), b"x"), record, bytes(-len(record) % _BLOCK))

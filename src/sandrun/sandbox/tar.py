@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from struct import Struct
 
 from sandrun.errors import InvalidInput
-from sandrun.model import ARCHIVE_BYTES, ARCHIVE_MEMBERS
+from sandrun.model import ARCHIVE_BYTES, ARCHIVE_MEMBERS, COMPONENT_BYTES, PATH_BYTES
 
 FILE = "file"
 DIRECTORY = "directory"
@@ -26,8 +26,6 @@ EXTENDED_BYTES = 4 << 20
 """The most that pax headers and GNU long names may have, all together."""
 TAIL_BYTES = 1 << 20
 """The most zeros after the last member; GNU tar pads to its blocking factor, 10 KiB unless told otherwise."""
-PATH_BYTES = 4000
-COMPONENT_BYTES = 255
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -62,7 +60,7 @@ class Member:
     """One thing to make.
 
     Attributes:
-        path: relative, in normal form (no empty, `.` or `..` component), valid UTF-8, without control characters.
+        path: relative, in normal form (no empty, `.` or `..` component), without control characters; not always UTF-8.
         kind: FILE, DIRECTORY or SYMLINK.
         size: bytes of content; 0 unless a file.
         executable: whether anybody may execute the file; all else of its mode is dropped.
@@ -237,13 +235,8 @@ class Archive:
             raise self._bad(f"has a {what} of more than {PATH_BYTES} bytes")
         if len(raw.translate(None, _CONTROLS)) != len(raw):
             raise self._bad(f"has a control character in its {what}")
-        if not raw.isascii():
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError:
-                raise self._bad(f"has a {what} that is not UTF-8") from None
-            if any("\x80" <= character <= "\x9f" for character in text):
-                raise self._bad(f"has a control character in its {what}")
+        if not raw.isascii() and any("\x80" <= character <= "\x9f" for character in raw.decode(errors="replace")):
+            raise self._bad(f"has a control character in its {what}")
 
     def _octal(self, field: bytes, what: str) -> int:
         digits = field.strip(b" \0")
