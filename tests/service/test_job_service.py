@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from sandrun.errors import InvalidInput, NotFound, Overloaded
-from sandrun.jobs import running, service
+from sandrun.jobs import intake, running, service
 from sandrun.jobs.config import JobsConfig
 from sandrun.jobs.job import Job
 from sandrun.jobs.memfile import sealed
@@ -417,7 +417,7 @@ async def test_submission_whose_client_leaves_during_the_check_is_not_queued(
 ):
     checked = asyncio.Event()
     loop = asyncio.get_running_loop()
-    check = service.check_upload
+    check = intake.check_upload
 
     def slow(*args: Any) -> Any:
         loop.call_soon_threadsafe(checked.set)
