@@ -17,6 +17,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tests.serving import tarball
 
 ROOT = Path(__file__).parents[2]
 AS_ROOT = os.geteuid() == 0
-OUTSIDE = "outside"
+CERTIFICATE = ROOT / "tests" / "data" / "localhost.pem"
 
 
 def in_child(work: Callable[[], Any]) -> Any:
@@ -178,7 +179,7 @@ def test_thread_is_behind_the_same_walls() -> None:
 def test_pair_of_sockets_cannot_send_elsewhere() -> None:
     def attempt() -> list[str]:
         return [
-            code_of(lambda: socket.socketpair(socket.AF_UNIX, kind))
+            code_of(partial(socket.socketpair, socket.AF_UNIX, kind))
             for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         ]
 
@@ -190,7 +191,9 @@ def test_pair_of_sockets_cannot_send_elsewhere() -> None:
 def test_process_cannot_write_a_file() -> None:
     def attempt() -> list[str]:
         create = os.O_CREAT | os.O_WRONLY | os.O_EXCL
-        return [code_of(lambda d=d: os.open(f"{d}/sandrun-probe", create)) for d in ("/tmp", "/dev/shm", "/var/tmp")]
+        return [
+            code_of(partial(os.open, f"{place}/sandrun-probe", create)) for place in ("/tmp", "/dev/shm", "/var/tmp")
+        ]
 
     assert set(behind_walls(attempt)) <= {"EROFS", "EACCES"}
     assert behind_walls(lambda: code_of(lambda: os.open("/dev/null", os.O_WRONLY))) == "ok"
@@ -212,7 +215,7 @@ def test_process_leaves_no_core_file() -> None:
 @pytest.mark.skipif(not landlock.abi(), reason="this kernel has no Landlock")
 def test_process_cannot_read_what_is_not_its_own() -> None:
     def attempt() -> list[str]:
-        return [code_of(lambda p=p: os.open(p, os.O_RDONLY)) for p in ("/", "/etc/hostname", "/proc/self/status")]
+        return [code_of(partial(os.open, path, os.O_RDONLY)) for path in ("/", "/etc/hostname", "/proc/self/status")]
 
     assert in_child(attempt) == ["ok", "ok", "ok"]
     assert behind_walls(attempt) == ["EACCES", "EACCES", "ok"]
@@ -337,14 +340,8 @@ def test_modules_can_be_imported_behind_the_walls() -> None:
 
 
 @pytest.fixture(params=["http", "https"])
-def locked(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    files = ["-", "-"]
-    if request.param == "https":
-        files = [str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")]
-        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-        subprocess.run(
-            [*command.split(), "-out", files[0], "-keyout", files[1]], check=True, stderr=subprocess.DEVNULL
-        )
+def locked(request: pytest.FixtureRequest) -> Any:
+    files = [str(CERTIFICATE)] * 2 if request.param == "https" else ["-", "-"]
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.service.locked", *files],
         cwd=ROOT,
@@ -361,8 +358,7 @@ def locked(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 def test_server_works_behind_the_walls_and_needs_no_file(locked: Any) -> None:
     scheme, told, child = locked
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context = ssl.create_default_context(cafile=CERTIFICATE)
     base = f"127.0.0.1:{told['port']}"
     with httpx2.Client(base_url=f"{scheme}://{base}", verify=context, trust_env=False, timeout=20) as http:
         assert http.get("/health").json()["walls"] == told["walls"]
