@@ -165,7 +165,9 @@ def test_run_gives_the_jobs_output_and_code(tmp_path: Path) -> None:
     [
         ("import os; os.kill(os.getpid(), 11)", [], 139, "SIGSEGV"),
         ("while True: pass", ["--timeout", "1"], 124, "time limit"),
-        ("while True: pass", ["--cpu-seconds", "0.5", "--timeout", "30"], 125, "CPU limit"),
+        pytest.param(
+            "while True: pass", ["--cpu-seconds", "0.5", "--timeout", "30"], 125, "CPU limit", marks=pytest.mark.root
+        ),
         ("import x_does_not_exist", [], 1, "ModuleNotFoundError"),
     ],
 )

@@ -117,6 +117,15 @@ def test_a_name_that_is_not_utf8_keeps_its_bytes(tmp_path: Path) -> None:
     assert raw in gzip.decompress(pack_directory(tmp_path))
 
 
+@pytest.mark.requirement(27)
+def test_long_names_and_names_beyond_ascii_are_kept(tmp_path: Path) -> None:
+    wanted = ["ü" * 120, "d" * 200 + "/" + "e" * 200]
+    for path in wanted:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    assert sorted(members(pack_directory(tmp_path))) == sorted(wanted)
+
+
 def test_files_in_memory_are_packed_with_their_mode() -> None:
     packed = members(pack_files({"a.py": "text", "tool": b"\x7fELF"}, executable=("tool",)))
     assert (packed["a.py"].mode, packed["tool"].mode) == (0o644, 0o755)
