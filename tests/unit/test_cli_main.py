@@ -94,6 +94,7 @@ def test_bare_flags_are_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         (["download", "abc", "--to", "-"], 1, "takes exactly one PATH"),
         (["environment"], 2, "build|list|remove"),
         (["environment", "build", "x", "--requirements", "/does/not/exist"], 1, "/does/not/exist"),
+        (["environment", "remove", "x", "--state-dir", "/does/not/exist"], 1, "no environment x"),
         (["run", "/does/not/exist"], 125, "/does/not/exist: No such file or directory"),
         (["run", "--bogus", "x"], 125, "--bogus"),
         (["run"], 125, "FILE|DIR"),

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,6 +239,18 @@ def test_a_certificate_file_that_is_none_is_refused() -> None:
 def test_an_answer_of_another_version_is_told() -> None:
     with pytest.raises(ProtocolError, match="documented shape"):
         read_result(json.dumps(RESULT | {"outcome": "levitated"}).encode())
+
+
+def test_the_client_needs_nothing_of_the_server() -> None:
+    """It must install on any laptop: of Sandrun it sees model and errors alone."""
+    code = "import sys; from sandrun.client import AsyncClient, Client; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = {name for name in done.stdout.split() if name.startswith("sandrun")}
+    assert {name for name in ours if not name.startswith("sandrun.client")} == {
+        "sandrun",
+        "sandrun.errors",
+        "sandrun.model",
+    }
 
 
 # ---- live logs ---------------------------------------------------------------------------------------------
