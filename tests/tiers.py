@@ -27,7 +27,13 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sandrun.linux import process
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests import host  # noqa: E402
+
 RESULTS = ROOT / ".test-results"
 ALL_SECONDS = 25 * 60
 VM_MEMORY_MB = 3072
@@ -134,25 +140,44 @@ def run(
     output: int | None = None,
 ) -> int:
     """Run to the end, or stop it: first as Ctrl-C would, so that fixtures tear down. 124 is a run that was stopped."""
-    process = subprocess.Popen(
+    child = subprocess.Popen(
         command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
     )
     interrupted: KeyboardInterrupt | None = None
     try:
-        return process.wait(max(1.0, seconds))
+        return child.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
         print(f"tiers: not over after {seconds:.0f} s: {' '.join(command[:6])} …", flush=True)
     except KeyboardInterrupt as error:
         interrupted = error
-    for stop, grace in ((signal.SIGINT, 60), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, stop)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-            break
+    with contextlib.suppress(ProcessLookupError):
+        child.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
     if interrupted:
         raise interrupted
     return 124
+
+
+def end_strays(root: int) -> list[str]:
+    """End what a tier left running below us, its orphans included; what they were called."""
+    found: list[str] = []
+    end = time.monotonic() + 10
+    grace = time.monotonic() + 2  # the last ones of a server may be about to end
+    while (strays := host.descendants(root)) and time.monotonic() < end:
+        if time.monotonic() > grace:
+            found += [f"{p.pid} {p.title}" for p in strays if f"{p.pid} {p.title}" not in found]
+            for p in strays:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(p.pid, signal.SIGKILL)
+        time.sleep(0.05)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    return found
 
 
 def pytest(tier: str, python: Path, results: Path, paths: list[str], extra: list[str]) -> list[str]:
@@ -267,7 +292,12 @@ def run_tier(name: str, extra: list[str], seconds: float) -> Report:
         code = tier(extra, min(most, seconds))
     except Impossible as error:
         return Report(name, 1, time.monotonic() - begin, note=f"not possible here: {error}", impossible=True)
-    return Report(name, code, time.monotonic() - begin, note="timed out" if code == 124 else "").read(report)
+    came = Report(name, code, time.monotonic() - begin, note="timed out" if code == 124 else "").read(report)
+    if strays := end_strays(os.getpid()):
+        came.failed += 1
+        came.note = f"{len(strays)} processes were left running and have been ended"
+        print("left running:", *strays, sep="\n  ", flush=True)
+    return came
 
 
 def summarise(reports: list[Report], digest: str) -> int:
@@ -305,6 +335,8 @@ def main(arguments: list[str]) -> int:
         return 2
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "run.json").unlink(missing_ok=True)
+    process.set_child_subreaper()  # what a test loses sight of comes to us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     digest, end, reports = fingerprint(), time.monotonic() + ALL_SECONDS, []
     try:
         for tier in [name] if name else TIERS:
@@ -317,6 +349,7 @@ def main(arguments: list[str]) -> int:
                 reports.append(run_tier(tier, arguments[1:], left))
         return summarise(reports, digest)
     finally:
+        end_strays(os.getpid())
         give_back()
 
 
