@@ -442,7 +442,14 @@ class Cgroup:
         """True if a process lives inside. False for mode "none", where nobody knows."""
         if self._unified >= 0:
             return _field(self._read(self._all.unified, "cgroup.events"), b"populated") != 0
-        return bool(self._directories) and self._read(0, "tasks") != b""
+        if not self._directories:
+            return False
+        # opened anew each time: v1 shows a reader of an open descriptor the list of a second ago
+        fd = os.open(f"{self.name}/tasks", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directories[0])
+        try:
+            return os.read(fd, 64) != b""
+        finally:
+            os.close(fd)
 
     def remove(self, timeout: float = 2.0) -> None:
         """Remove the cgroup when its last process is reaped. Without success it may be called again.
