@@ -45,6 +45,9 @@ _FSMOUNT_CLOEXEC = 0x1
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
+_FSCONFIG_CMD_RECONFIGURE = 7
+_FSPICK_CLOEXEC = 0x1
+_FSPICK_EMPTY_PATH = 0x8
 _OPEN_TREE_CLONE = 0x1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
@@ -81,6 +84,21 @@ def new_filesystem(fstype: str, options: Mapping[str, str | None], attr_flags: i
             told = _messages(context)
             words = f" ({told})" if told else ""
             raise OSError(code, f"fsconfig: {fstype}: {step}: {os.strerror(code)}{words}") from None
+    finally:
+        os.close(context)
+
+
+def reconfigure(fd: int, options: Mapping[str, str]) -> None:
+    """Change options of the file system that the mount `fd` shows, wherever it is mounted: fspick(2).
+
+    Raises: OSError EPERM without CAP_SYS_ADMIN over the user namespace that it was made in, EINVAL for a tmpfs that
+        holds more than its new size.
+    """
+    context = syscall(SYS["fspick"], fd, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH, what=fd)
+    try:
+        for key, value in options.items():
+            syscall(SYS["fsconfig"], context, _FSCONFIG_SET_STRING, key.encode(), value.encode(), 0, what=key)
+        syscall(SYS["fsconfig"], context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0, what=str(options))
     finally:
         os.close(context)
 

@@ -10,6 +10,7 @@ import os
 import resource
 import select
 import signal
+import socket
 from typing import NoReturn
 
 from sandrun.linux import capabilities, process, seccomp
@@ -23,7 +24,7 @@ def be_init(spec: Spec) -> None:
     step = "start"
     try:
         process.set_title(f"sandrun: sandbox {spec.slot}")
-        spec.snapshot = os.memfd_create("snapshot", os.MFD_CLOEXEC) if spec.collect else -1
+        spec.snapshot = os.memfd_create("snapshot", os.MFD_CLOEXEC)
         take(INIT_STEPS, spec)
         step = "fork"
         pid = os.fork()
@@ -32,7 +33,7 @@ def be_init(spec: Spec) -> None:
     except BaseException as error:
         _give_up(spec, step, error)
     if pid == 0:
-        close(spec.control, spec.outputs)
+        close(spec.control)
         job.become_job(spec)
         return
     _supervise(spec, pid)
@@ -41,7 +42,8 @@ def be_init(spec: Spec) -> None:
 def _supervise(spec: Spec, pid: int) -> NoReturn:
     step = "init"
     try:
-        close(spec.proc, spec.gate, spec.archive, spec.stdin, spec.stdout, spec.stderr)
+        close(spec.proc, spec.gate)
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=spec.control)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 is spared what it does not handle
         wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(woken)
@@ -53,18 +55,19 @@ def _supervise(spec: Spec, pid: int) -> NoReturn:
         if spec.nest.init_filter:
             seccomp.load(spec.nest.init_filter)
         step = "supervise"
-        status = _wait(spec, pid, wake)
+        assignment = Assignment()
+        status = _wait(control, pid, wake, assignment)
         step = "exit"
         hits = messages.HIT_STORAGE if _storage_full() else 0
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         exited = messages.Exited(hits, status, round((used.ru_utime + used.ru_stime) * 1e6), used.ru_maxrss * 1024)
         os.write(spec.control, exited.encode())
-        if spec.collect:
+        if assignment.collect:
             step = "collector"
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             collector = os.fork()
             if collector == 0:
-                job.be_collector(spec)
+                job.be_collector(spec, assignment.wishes, assignment.outputs)
             os.waitpid(collector, 0)
         os.write(spec.control, messages.DONE)
     except BaseException as error:
@@ -77,23 +80,37 @@ def _note(number: int, frame: object) -> None:
     """A handler, so that the kernel wakes init; the byte in the wake-up pipe is what is looked at."""
 
 
-def _wait(spec: Spec, pid: int, wake: int) -> int:
+class Assignment:
+    """What init keeps of the job that its sandbox was given: descriptors that only the collector reads."""
+
+    def __init__(self) -> None:
+        self.wishes = self.outputs = -1
+        self.collect = False
+
+    def take(self, control: socket.socket) -> bool:
+        """One message of the spawner's. Returns: True if the job is to end."""
+        message, descriptors, _, _ = socket.recv_fds(control, 16, 2)
+        if message[:1] in (messages.ASSIGN, messages.ASSIGN_COLLECT) and len(descriptors) == 2 and self.wishes < 0:
+            self.wishes, self.outputs = descriptors
+            self.collect = message[:1] == messages.ASSIGN_COLLECT
+            return False
+        return True  # END; or end of file: the spawner is gone, and we with it in a moment
+
+
+def _wait(control: socket.socket, pid: int, wake: int, assignment: Assignment) -> int:
     """Reap until the entrypoint is over, then end every other process. Returns its status, waitpid(2)."""
     poll = select.poll()
     poll.register(wake, select.POLLIN)
-    poll.register(spec.control, select.POLLIN)
-    status: int | None = None
+    poll.register(control, select.POLLIN)
+    status = _reap(pid)
     while status is None:
-        status = _reap(pid)
-        if status is not None:
-            break
         for descriptor, _ in poll.poll():
             if descriptor == wake:
                 os.read(wake, 512)
-            else:
-                os.read(spec.control, 16)  # END; or end of file: the spawner is gone, and we with it in a moment
+            elif assignment.take(control):
                 _kill_all()
-                poll.unregister(spec.control)
+                poll.unregister(control)
+        status = _reap(pid)
     while True:
         _kill_all()  # before the last wait: a process may have been forked since the one before
         try:

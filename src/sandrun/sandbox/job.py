@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from typing import Any, NoReturn
 
 from sandrun.sandbox import collect, messages, report, rootfs, script, unpack
@@ -14,7 +15,8 @@ from sandrun.sandbox.steps import COLLECTOR_STEPS, JOB_STEPS, StepFailed, take
 SETUP_FAILED = 125
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
-SPEC_BYTES = 4 << 20
+GO_DESCRIPTORS = 5
+"""wishes, archive, stdin, stdout, stderr."""
 
 START_UP_VARIABLES = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "OMP_", "OPENBLAS_", "MKL_", "BLIS_", "TZ")
 """A process reads these when it starts: a job that sets one gets an interpreter of its own."""
@@ -29,7 +31,7 @@ def become_job(spec: Spec) -> None:
         _give_up(spec.gate, error.step, error.__cause__ or error)
     except BaseException as error:
         _give_up(spec.gate, "gate", error)
-    if _runs_in_place(spec, wishes):
+    if wishes["in_place"]:
         try:
             script.become(wishes["entrypoint"], wishes["args"], _environment(spec, wishes))
         except BaseException as error:
@@ -39,29 +41,39 @@ def become_job(spec: Spec) -> None:
 
 
 def _pass_gate(spec: Spec) -> dict[str, Any]:
+    """Prove the walls, wait for a job, unpack it. Returns: what the client wishes."""
     step = "verify"
     try:
+        gate = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=spec.gate)
         found = report.measure(spec)
         report.verify(found, spec)
-        os.write(spec.gate, messages.CONFINED + json.dumps(found, separators=(",", ":")).encode())
-        if os.read(spec.gate, 1) != messages.GO:
+        script.prepare()
+        gate.send(messages.CONFINED + json.dumps(found, separators=(",", ":")).encode())
+        step = "gate"
+        message, descriptors, _, _ = socket.recv_fds(gate, 16, GO_DESCRIPTORS)
+        if message != messages.GO or len(descriptors) != GO_DESCRIPTORS:
             os._exit(SETUP_FAILED)  # the spawner is gone, or has seen what it must not see and says so itself
+        step = "wishes"
+        wishes_file, archive, *streams = descriptors
+        wishes: dict[str, Any] = json.loads(_read_all(wishes_file))
         step = "unpack"
-        wishes: dict[str, Any] = json.loads(_read_all(spec.spec))
-        unpack.unpack(spec.archive, rootfs.WORK)
+        unpack.unpack(archive, rootfs.WORK)
         if wishes["interpreter"] == "executable":
             os.chmod(wishes["entrypoint"], 0o755)
-        if spec.snapshot >= 0:
-            step = "snapshot"
-            _write_all(spec.snapshot, collect.snapshot(rootfs.WORK))
-        os.write(spec.gate, messages.RUNNING)
+        step = "snapshot"
+        _write_all(spec.snapshot, collect.snapshot(rootfs.WORK))
+        step = "standard streams"
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        wishes["in_place"] = _runs_in_place(wishes)
+        gate.send(messages.RUNNING)
+        close(gate.detach(), spec.snapshot, *descriptors)
     except BaseException as error:
         raise StepFailed(step) from error
-    close(spec.gate, spec.spec, spec.archive, spec.snapshot)
     return wishes
 
 
-def _runs_in_place(spec: Spec, wishes: dict[str, Any]) -> bool:
+def _runs_in_place(wishes: dict[str, Any]) -> bool:
     return (
         wishes["interpreter"] == "python3"
         and not wishes["fresh"]
@@ -114,15 +126,14 @@ def _give_up(channel: int, step: str, error: BaseException) -> NoReturn:
         os._exit(SETUP_FAILED)
 
 
-def be_collector(spec: Spec) -> NoReturn:
+def be_collector(spec: Spec, wishes_file: int, outputs_to: int) -> NoReturn:
     """Send what the job left behind, with no more rights than it had. Every process of the job's is dead."""
     status = 1
     try:
         take(COLLECTOR_STEPS, spec)
-        wishes = json.loads(_read_all(spec.spec))
-        outputs = wishes["outputs"]
+        outputs = json.loads(_read_all(wishes_file))["outputs"]
         before = _read_all(spec.snapshot)
-        collect.collect(rootfs.WORK, None if outputs is None else tuple(outputs), before, spec.outputs)
+        collect.collect(rootfs.WORK, None if outputs is None else tuple(outputs), before, outputs_to)
         status = 0
     except StepFailed as error:
         _give_up(spec.control, f"collector: {error.step}", error.__cause__ or error)

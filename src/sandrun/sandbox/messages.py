@@ -1,8 +1,10 @@
 """The closed table of messages between the spawner and what is inside a sandbox: init, and the job's process before
 it is the client's. Datagrams of SOCK_SEQPACKET socket pairs: a kind byte, then fixed fields or a tail of bytes.
 
-    spawner -> init   END                 init -> spawner   FAILED EXITED DONE
+    spawner -> init   ASSIGN END          init -> spawner   FAILED EXITED DONE
     spawner -> job    GO                  job  -> spawner   FAILED CONFINED RUNNING
+
+A sandbox is built before it is anybody's: between CONFINED and GO it is parked. ASSIGN and GO bring a job, once.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ TAIL_BYTES = 48 * 1024
 HIT_PROCESSES, HIT_STORAGE = 1, 2
 
 CONFINED = b"c"  # job: every wall stands; the tail is the report measured inside
-GO = b"g"  # spawner: the host sees the same
+ASSIGN = b"a"  # spawner: descriptors wishes, outputs; `ASSIGN_COLLECT` if outputs are wanted
+ASSIGN_COLLECT = b"A"
+GO = b"g"  # spawner: the host sees the same; descriptors wishes, archive, stdin, stdout, stderr
 RUNNING = b"x"  # job: files are unpacked, the next call is the client's; the wall clock starts
 FAILED = b"f"  # init or job: step NUL errno NUL text
 EXITED = b"e"  # init: the entrypoint is over and every process with it

@@ -72,7 +72,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     found = read_status("/proc/self")
     found["namespaces"] = read_namespaces("/proc/self")
     found["mounts"] = _read_mounts()
-    own = {spec.gate, spec.spec, spec.archive, spec.snapshot}  # closed before the client's first instruction
+    own = {spec.gate, spec.snapshot}  # closed before the client's first instruction
     found["descriptors"] = sorted(set(list_descriptors()) - own)
     found["landlock"] = spec.nest.landlock
     found["rlimits"] = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in RLIMITS}

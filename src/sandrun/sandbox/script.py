@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import io
 import os
 import sys
 
@@ -58,6 +59,38 @@ def ready() -> bool:
     return bool(_places)
 
 
+def prepare() -> None:
+    """Take what is Sandrun's out of sight, and run once what every script runs: its pages are copied now, not later."""
+    archive = next((entry for entry in sys.path if entry.startswith("/proc/self/fd/")), None)
+    if archive is not None:
+        sys.path.remove(archive)
+        sys.path_importer_cache.pop(archive, None)
+    for name in [name for name in sys.modules if name == "sandrun" or name.startswith("sandrun.")]:
+        _keep(sys.modules.pop(name))
+    custom = sys.modules.get("sitecustomize")  # the import machinery still needs the name, nobody what is in it
+    if custom is not None:
+        for name in [name for name in vars(custom) if not name.startswith("__")]:
+            delattr(custom, name)
+    warm_up()
+    atexit.register(_spare, tuple(sys.modules))
+
+
+WARM_UP = """
+class Warm:
+    def __init__(self, n): self.n = n
+    def __repr__(self): return f"<{self.n:>4}>"
+try:
+    total = sum(i * i for i in range(10)); names = {str(i): [i, Warm(i)] for i in range(5)}
+    print(total, names, sep="\\n", file=out); raise ValueError("warm")
+except ValueError as error:
+    print(repr(error), file=out)
+"""
+
+
+def warm_up() -> None:
+    exec(compile(WARM_UP, "<warm>", "exec"), {"__name__": "__main__", "out": io.StringIO()})
+
+
 def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> None:
     """Make this interpreter what `python3 ENTRYPOINT ARGS` would be; it runs the script when start-up goes on."""
     path = f"{WORK}/{entrypoint}"
@@ -70,17 +103,6 @@ def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> Non
     sys.orig_argv = ["python3", entrypoint, *args]
     os.environ.clear()
     os.environ.update(environment)
-    archive = next((entry for entry in sys.path if entry.startswith("/proc/self/fd/")), None)
-    if archive is not None:
-        sys.path.remove(archive)
-        sys.path_importer_cache.pop(archive, None)
-    for name in [name for name in sys.modules if name == "sandrun" or name.startswith("sandrun.")]:
-        _keep(sys.modules.pop(name))
-    atexit.register(_spare, tuple(sys.modules))
-    custom = sys.modules.get("sitecustomize")  # the import machinery still needs the name, nobody what is in it
-    if custom is not None:
-        for name in [name for name in vars(custom) if not name.startswith("__")]:
-            delattr(custom, name)
 
 
 def _spare(names: tuple[str, ...]) -> None:

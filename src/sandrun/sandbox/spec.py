@@ -1,8 +1,4 @@
-"""What a zygote knows, and what one sandbox is built from.
-
-Numbers and descriptors only: the job's own wishes stay in a memory file that nobody opens before the job's process has
-lost every right (`sandrun.sandbox.job`).
-"""
+"""What a zygote knows, and what one sandbox is built from: numbers and descriptors, nothing of any job's."""
 
 from __future__ import annotations
 
@@ -74,8 +70,8 @@ class Spec:
     """
 
     __slots__ = (
-        "archive", "collect", "control", "entries", "gate", "init_id", "job_id", "nest", "outputs", "proc", "slot",
-        "snapshot", "spec", "stderr", "stdin", "stdout", "storage", "storage_bytes", "sync",
+        "control", "entries", "gate", "init_id", "job_id", "nest", "proc", "slot", "snapshot", "storage",
+        "storage_bytes", "sync",
     )  # fmt: skip
 
     def __init__(
@@ -86,7 +82,6 @@ class Spec:
         init_id: int,
         job_id: int,
         storage_bytes: int,
-        collect: bool,
         descriptors: list[int],
         has_storage: bool,
         has_cgroup: bool,
@@ -96,11 +91,7 @@ class Spec:
         self.init_id = init_id
         self.job_id = job_id
         self.storage_bytes = storage_bytes
-        self.collect = collect
-        (
-            self.control, self.gate, self.spec, self.archive, self.stdin, self.stdout, self.stderr, self.outputs,
-        ) = descriptors[:8]  # fmt: skip
-        rest = descriptors[8:]
+        self.control, self.gate, *rest = descriptors
         self.storage = rest.pop(0) if has_storage else -1
         if has_cgroup:
             rest.pop(0)  # the zygote's, for clone3
@@ -111,10 +102,7 @@ class Spec:
 
     def descriptors(self) -> list[int]:
         """All that are open, in rising order."""
-        named = (
-            self.control, self.gate, self.spec, self.archive, self.stdin, self.stdout, self.stderr, self.outputs,
-            self.storage, self.sync, self.snapshot, self.proc,
-        )  # fmt: skip
+        named = (self.control, self.gate, self.storage, self.sync, self.snapshot, self.proc)
         return sorted(d for d in (*named, *self.entries) if d >= 0)
 
 

@@ -137,13 +137,6 @@ def new_session(spec: Spec) -> None:
     os.setsid()
 
 
-def standard_streams(spec: Spec) -> None:
-    for number, descriptor in enumerate((spec.stdin, spec.stdout, spec.stderr)):
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    spec.stdin = spec.stdout = spec.stderr = -1
-
-
 def offer_to_oom(spec: Spec) -> None:
     """The kernel takes the job's processes before it takes init, and with it verdict and outputs."""
     process.set_dumpable(True)  # else /proc/self belongs to another
@@ -230,7 +223,6 @@ def install_filter(spec: Spec) -> None:
 
 JOB_STEPS: Final[tuple[Step, ...]] = (
     ("new session", new_session),
-    ("standard streams", standard_streams),
     ("oom_score_adj", offer_to_oom),
     ("resource limits", set_rlimits),
     ("user and groups", become_user),

@@ -9,9 +9,10 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sandrun.errors import ProtocolError
+from sandrun.linux import mounts
 from sandrun.linux.cgroup import Cgroup
 from sandrun.sandbox import messages, report
 from sandrun.spawner import protocol
@@ -24,6 +25,8 @@ SETUP_SECONDS = 30.0
 END_SECONDS = 0.4
 """How long init may take to end its job before the whole cgroup is killed."""
 COLLECT_SECONDS = 60.0
+SPARE_BYTES = 32 << 20
+"""What a job's memory limit has beside its tmpfs: a full one is ENOSPC, not the end of the job."""
 EXITED, SIGNALED, TIMEOUT, CPU_LIMIT, MEMORY_LIMIT, CANCELLED, WORKER_LOST, SETUP_FAILED = range(8)
 CPU_CHECK_SECONDS = 0.002
 """The shortest wait between two readings of a job with a CPU limit."""
@@ -31,27 +34,34 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred, unix(7)
 
 
 class Box:
-    """Made by the server when it starts a job; tells it by `server.ended` what became of the job, and by
-    `server.finished` when nothing of it is left.
+    """A sandbox: built by the server, parked when its walls stand, given one job, and never used again.
+
+    It tells `server.parked` when it can take a job, `server.ended` what became of that, and `server.finished` when
+    nothing of it is left.
 
     Attributes:
+        memory_bytes: what its tmpfs was made for; `storage` is its mount as long as that can still be changed, or -1.
+        start: the job that it was given.
         reason: outcome that the spawner has decided on, None while the job decides itself.
         failed: `step NUL errno NUL text` of a set-up step.
     """
 
     def __init__(
-        self, server: Server, tenant: Tenant, slot: int, start: protocol.Start, cgroup: Cgroup | None
+        self, server: Server, tenant: Tenant, slot: int, *, memory_bytes: int, cgroup: Cgroup | None, storage: int
     ) -> None:
         self.server = server
         self.tenant = tenant
         self.slot = slot
-        self.start = start
+        self.memory_bytes = memory_bytes
         self.cgroup = cgroup
+        self.storage = storage
+        self.start: protocol.Start | None = None
+        self.done: Callable[[protocol.Ended], None] | None = None
         self.pidfd = -1
-        self.pid = 0
         self.oom = -1
         self.reason: int | None = None
         self.failed = b""
+        self.seen: dict[str, Any] = {}
         self.host = b""
         self.inside = b""
         self.exited: messages.Exited | None = None
@@ -59,7 +69,6 @@ class Box:
         self.ended = 0.0
         self.dead = False
         self.told = False
-        self.done: Callable[[protocol.Ended], None] | None = None
         self.ours: list[socket.socket] = []
         control, init_end = protocol.pair()
         gate, job_end = protocol.pair()
@@ -72,6 +81,13 @@ class Box:
             self.ours.append(end)
         self.timer: Timer | None = server.at(time.monotonic() + SETUP_SECONDS, self.on_setup_deadline)
         self.cpu_timer: Timer | None = None
+
+    @property
+    def parked(self) -> bool:
+        return bool(self.seen) and self.start is None and not self.failed and not self.dead and self.reason is None
+
+    def fits(self, start: protocol.Start) -> bool:
+        return self.memory_bytes == start.memory_bytes or self.storage >= 0
 
     # ---- what comes in -------------------------------------------------------------------------------------
 
@@ -96,11 +112,13 @@ class Box:
             )
             try:
                 self._look(pid)
-                if self.reason is None:
-                    self.gate.send(messages.GO)
             except OSError as error:
                 self.fail(messages.failure("verify from the host", error))
-        elif kind == messages.RUNNING and self.inside and not self.started:
+                return
+            self.server.drop(self.timer)
+            self.timer = None
+            self.server.parked(self)
+        elif kind == messages.RUNNING and self.start is not None and not self.started:
             self._run()
         else:
             self.fail(messages.failure("gate", ProtocolError(f"unexpected message {kind!r}")))
@@ -161,6 +179,7 @@ class Box:
         used = self.cgroup.cpu_usec() if self.cgroup is not None else None
         if used is None or self.exited is not None:
             return
+        assert self.start is not None
         left = self.start.cpu_ms / 1000 - used / 1e6
         if left <= 0:
             self.end(CPU_LIMIT)
@@ -193,13 +212,44 @@ class Box:
             )
         found["uid_kind"] = "shared" if tenant.shared_uid else "own"
         found["filter"] = self.server.policy
-        found["limits"] = self.cgroup.limits() if self.cgroup is not None else {}
         found["waived"] = sorted(self.server.waived)
         found["swap_closed"] = self.server.swap_closed
-        self.host = json.dumps(found, separators=(",", ":")).encode()
-        self.pid = pid
+        self.seen = found
+
+    def assign(
+        self, start: protocol.Start, descriptors: list[int], done: Callable[[protocol.Ended], None] | None
+    ) -> None:
+        """Give this sandbox its one job: limits first, read back, then what the client sent, unread.
+
+        `descriptors`: wishes, archive, stdin, stdout, stderr, outputs; they stay the caller's.
+        """
+        self.start, self.done = start, done
+        self.timer = self.server.at(time.monotonic() + SETUP_SECONDS, self.on_setup_deadline)
+        step = "limits"
+        try:
+            if self.cgroup is not None:
+                self.cgroup.set_limits(start.memory_bytes, start.processes + 1)
+                self.seen["limits"] = self.cgroup.limits()
+            step = "storage"
+            if start.memory_bytes != self.memory_bytes:
+                mounts.reconfigure(self.storage, {"size": str(start.memory_bytes - SPARE_BYTES)})
+            self._close_storage()
+            self.host = json.dumps(self.seen, separators=(",", ":")).encode()
+            step = "assignment"
+            wishes, *rest, outputs = descriptors
+            kind = messages.ASSIGN_COLLECT if start.collect else messages.ASSIGN
+            protocol.send(self.control, kind, [wishes, outputs])
+            protocol.send(self.gate, messages.GO, [wishes, *rest])
+        except OSError as error:
+            self.fail(messages.failure(step, error))
+
+    def _close_storage(self) -> None:
+        if self.storage >= 0:
+            os.close(self.storage)
+            self.storage = -1
 
     def _run(self) -> None:
+        assert self.start is not None
         self.started = time.monotonic()
         self.server.drop(self.timer)
         self.timer = self.server.at(self.started + self.start.wall_ms / 1000, self.on_wall_limit)
@@ -265,6 +315,7 @@ class Box:
         for end in list(self.ours):
             self._close(end)
         self.close_theirs()
+        self._close_storage()
         self._remove(time.monotonic() + 2.0)
 
     def _remove(self, deadline: float) -> None:
@@ -283,10 +334,12 @@ class Box:
     def _tell(self) -> None:
         """Read the meters and tell what became of the job, once."""
         self.told = True
+        if self.start is None:
+            return  # nobody's
         self.usage = self.cgroup.usage() if self.cgroup is not None else (None, None, None, None)
-        self.server.ended(self, self.verdict())
+        self.server.ended(self, self._verdict(self.start))
 
-    def verdict(self) -> protocol.Ended:
+    def _verdict(self, start: protocol.Start) -> protocol.Ended:
         cpu, memory, _, tasks = self.usage
         status = self.exited.status if self.exited is not None else -1
         code, number = protocol.UNKNOWN, 0
@@ -314,7 +367,7 @@ class Box:
         if cpu is None and self.exited is not None:
             cpu, memory = self.exited.cpu_us, self.exited.memory_peak
         return protocol.Ended(
-            ticket=self.start.ticket,
+            ticket=start.ticket,
             outcome=outcome,
             exit_code=code,
             signal=number,

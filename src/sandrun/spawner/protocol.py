@@ -187,9 +187,9 @@ SPAWNED = b"p"
 REFUSED = b"r"
 
 _SPAWN = struct.Struct("<cBBBIIIxxxxQ")
-SPAWN_FIXED_DESCRIPTORS = 8
-"""control, gate, spec, archive, stdin, stdout, stderr, outputs; then tmpfs?, v2 cgroup?, v1 tasks files."""
-HAS_STORAGE, HAS_CGROUP, COLLECT = 1, 2, 4
+SPAWN_FIXED_DESCRIPTORS = 2
+"""control, gate; then tmpfs?, v2 cgroup?, v1 tasks files."""
+HAS_STORAGE, HAS_CGROUP = 1, 2
 
 
 class Spawn(NamedTuple):

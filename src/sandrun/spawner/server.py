@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from sandrun.errors import MissingLayer, ProtocolError, SandrunError, SetupError
 from sandrun.linux import cgroup, landlock, process
 from sandrun.sandbox import messages, policy, report, rootfs
 from sandrun.spawner import interpreters, nursery, protocol
-from sandrun.spawner.box import CANCELLED, SETUP_FAILED, WORKER_LOST, Box
+from sandrun.spawner.box import CANCELLED, SETUP_FAILED, SPARE_BYTES, WORKER_LOST, Box
 from sandrun.spawner.selftest import SelfTests
 
 WARM_SECONDS = 60.0
@@ -30,8 +31,18 @@ WARM_SECONDS = 60.0
 RESTARTS = 3
 """Zygotes of one environment that may die in RESTART_SECONDS before it is withdrawn."""
 RESTART_SECONDS = 30.0
-SPARE_BYTES = 32 << 20
-"""What a job's memory limit has beside its tmpfs: a full one is ENOSPC, not the end of the job."""
+DEFAULT_MEMORY_BYTES = 512 << 20
+"""What sandboxes are built for before they are anybody's."""
+DEFAULT_PROCESSES = 100
+DEMAND_SECONDS = 2.0
+"""How far the count of starts looks back that the number of parked sandboxes follows."""
+PARKED_SHARE = 20
+"""At most one part in this many of RAM is in parked sandboxes,"""
+PARKED_BYTES = 3 << 20
+"""which take this much each."""
+MOST_PARKED = 64
+REFILL_SECONDS = 0.001
+"""Between two builds for the pool: what is asked for goes first."""
 FIRST_SLOT, SLOTS = 1, 16384
 
 
@@ -66,6 +77,14 @@ class Timer:
         return self.when < other.when
 
 
+class Waiting(NamedTuple):
+    """A job that waits for its sandbox."""
+
+    start: protocol.Start
+    descriptors: list[int]
+    done: Callable[[protocol.Ended], None] | None
+
+
 class Tenant:
     """An environment and its zygote."""
 
@@ -81,9 +100,13 @@ class Tenant:
         self.held = -1
         self.namespaces: dict[str, int] = {}
         self.deaths: list[float] = []
-        self.waiting: list[tuple[protocol.Start, list[int], Callable[[protocol.Ended], None] | None]] = []
+        self.queue: deque[Waiting] = deque()
         self.boxes: dict[int, Box] = {}
+        self.building: set[Box] = set()
+        self.ready: deque[Box] = deque()
+        self.starts: deque[float] = deque()
         self.deadline: Timer | None = None
+        self.refill: Timer | None = None
 
     @property
     def shared_uid(self) -> bool:
@@ -108,11 +131,14 @@ class Server:
         self.timers: list[Timer] = []
         self.boxes: dict[int, Box] = {}
         self.tickets: dict[int, Box] = {}
+        self.waiting: dict[int, Waiting] = {}
         self.free = list(range(FIRST_SLOT, SLOTS))
         self.outbox: list[bytes] = []
         self.stopping = False
         self.waived = settings.waived
         self.cores = len(os.sched_getaffinity(0))
+        self.ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.most_parked = max(1, min(MOST_PARKED, self.ram_bytes // PARKED_SHARE // PARKED_BYTES))
         self.namespaces = report.read_namespaces("/proc/self")
         self.swap_closed = True
 
@@ -285,9 +311,8 @@ class Server:
                     tenant.namespaces["cgroup"] = -1  # the host's; compared with that already
                 tenant.warm = True
                 self.drop(tenant.deadline)
-                waiting, tenant.waiting = tenant.waiting, []
-                for start, fds, done in waiting:
-                    self.start_job(tenant, start, fds, done)
+                self._match(tenant)
+                self._refill_soon(tenant)
             elif kind == protocol.SPAWNED and descriptors:
                 slot = protocol.decode_spawned(message)
                 box = tenant.boxes.get(slot)
@@ -345,10 +370,8 @@ class Server:
         tenant.withdrawn = failure
         step, _, details = _split(failure)
         self.log(f"environment {tenant.name or 'bare'} is withdrawn: {step}: {details}")
-        waiting, tenant.waiting = tenant.waiting, []
-        for start, fds, done in waiting:
-            protocol.close_all(fds)
-            self._refuse(start, failure.encode(), done)
+        while tenant.queue:
+            self._fail_oldest(tenant, failure.encode())
 
     # ---- jobs ----------------------------------------------------------------------------------------------
 
@@ -376,13 +399,15 @@ class Server:
         kind = message[:1]
         if kind == protocol.START and len(descriptors) == protocol.START_DESCRIPTORS:
             start = protocol.Start.decode(message)
-            if start.environment >= len(self.tenants) or start.ticket in self.tickets:
+            if start.environment >= len(self.tenants) or start.ticket in self.tickets or start.ticket in self.waiting:
                 raise ProtocolError("START names no environment, or a ticket in use")
             self.start_job(self.tenants[start.environment], start, descriptors, None)
         elif kind == protocol.CANCEL and not descriptors:
-            box = self.tickets.get(protocol.decode_cancel(message))
-            if box is not None:
+            ticket = protocol.decode_cancel(message)
+            if (box := self.tickets.get(ticket)) is not None:
                 box.end(CANCELLED)
+            elif (waiting := self.waiting.pop(ticket, None)) is not None:
+                self._forget(waiting)
         else:
             raise ProtocolError(f"unexpected message {kind!r} with {len(descriptors)} descriptors")
 
@@ -393,58 +418,103 @@ class Server:
         descriptors: list[int],
         done: Callable[[protocol.Ended], None] | None,
     ) -> None:
-        """Build a sandbox. Takes over `descriptors`: spec, archive, stdin, stdout, stderr, outputs."""
+        """Give a job to a parked sandbox, or to the next that is built. Takes over `descriptors`."""
         if tenant.withdrawn:
             protocol.close_all(descriptors)
             self._refuse(start, tenant.withdrawn.encode(), done)
             return
-        if not tenant.warm or tenant.zygote is None:
-            tenant.waiting.append((start, descriptors, done))
+        tenant.starts.append(time.monotonic())
+        waiting = Waiting(start, descriptors, done)
+        self.waiting[start.ticket] = waiting
+        tenant.queue.append(waiting)
+        self._match(tenant)
+
+    def parked(self, box: Box) -> None:
+        """Its walls stand, seen from both sides: it can take a job."""
+        box.tenant.building.discard(box)
+        box.tenant.ready.append(box)
+        self._match(box.tenant)
+
+    def _match(self, tenant: Tenant) -> None:
+        """Bring waiting jobs and parked sandboxes together; build for those that are left."""
+        while tenant.queue:
+            waiting = tenant.queue[0]
+            box = next((box for box in tenant.ready if box.fits(waiting.start)), None)
+            if box is None:
+                break
+            tenant.ready.remove(box)
+            if not box.parked:
+                continue
+            tenant.queue.popleft()
+            del self.waiting[waiting.start.ticket]
+            self.tickets[waiting.start.ticket] = box
+            box.assign(waiting.start, waiting.descriptors, waiting.done)
+            protocol.close_all(waiting.descriptors)
+        if tenant.warm:
+            for waiting in list(tenant.queue)[len(tenant.building) :]:
+                self._build(tenant, waiting.start.memory_bytes if tenant.shared_uid else DEFAULT_MEMORY_BYTES)
+
+    def _refill(self, tenant: Tenant) -> None:
+        """Keep as many sandboxes parked as the last seconds would have liked to find, one build at a time."""
+        tenant.refill = None
+        if self.stopping or not tenant.warm or tenant.withdrawn:
             return
+        now = time.monotonic()
+        while tenant.starts and tenant.starts[0] < now - DEMAND_SECONDS:
+            tenant.starts.popleft()
+        floor = self.cores if not tenant.name else 1
+        wanted = min(self.most_parked, max(floor, len(tenant.starts) // 4))
+        have = len(tenant.ready) + len(tenant.building)
+        if have < wanted and not tenant.queue:
+            if not tenant.building:
+                self._build(tenant, DEFAULT_MEMORY_BYTES)
+            self._refill_soon(tenant)
+        elif have > 2 * wanted + floor:
+            tenant.ready.popleft().kill()
+
+    def _refill_soon(self, tenant: Tenant) -> None:
+        if tenant.refill is None:
+            tenant.refill = self.at(time.monotonic() + REFILL_SECONDS, lambda: self._refill(tenant))
+
+    def _build(self, tenant: Tenant, memory_bytes: int) -> None:
+        """Start building a sandbox; it calls `parked`, or fails the job that has waited longest."""
+        assert tenant.zygote is not None
         slot = heapq.heappop(self.free)
         step = "cgroup"
         made: cgroup.Cgroup | None = None
         box: Box | None = None
-        extra: list[int] = []
+        entries: list[int] = []
+        storage = -1
         try:
-            flags = protocol.COLLECT if start.collect else 0
+            flags = 0
+            shared: list[int] = []
             if tenant.group is not None:
                 made = tenant.group.create(f"j{slot}")
                 step = "limits"
-                made.set_limits(start.memory_bytes, start.processes + 1)
-            step = "storage"
-            storage_bytes = start.memory_bytes - SPARE_BYTES
-            if not tenant.shared_uid:
-                extra.append(
-                    rootfs.new_storage(storage_bytes, owner=tenant.recipe.uid_base or 0, noswap=self.noswap)
-                )
-                flags |= protocol.HAS_STORAGE
-            entries: list[int] = []
-            shared: list[int] = []
-            if made is not None:
-                step = "cgroup"
+                made.set_limits(memory_bytes, DEFAULT_PROCESSES + 1)
                 directory = made.directory_fd()
                 if directory is not None:
                     shared.append(directory)
                     flags |= protocol.HAS_CGROUP
                 entries = made.entry_fds()
-                extra += entries
+            step = "storage"
+            storage_bytes = memory_bytes - SPARE_BYTES
+            if not tenant.shared_uid:
+                storage = rootfs.new_storage(storage_bytes, owner=tenant.recipe.uid_base or 0, noswap=self.noswap)
+                shared.insert(0, storage)
+                flags |= protocol.HAS_STORAGE
             step = "sockets"
-            box = Box(self, tenant, slot, start, made)
-            box.done = done
-            self.boxes[slot] = self.tickets[start.ticket] = tenant.boxes[slot] = box
+            box = Box(self, tenant, slot, memory_bytes=memory_bytes, cgroup=made, storage=storage)
+            self.boxes[slot] = tenant.boxes[slot] = box
+            tenant.building.add(box)
             step = "oom notice"
             box.watch_memory()
             step = "spawn"
-            init_id, job_id = tenant.ids(slot)
-            spawn = protocol.Spawn(flags, len(entries), slot, init_id, job_id, storage_bytes)
+            spawn = protocol.Spawn(flags, len(entries), slot, *tenant.ids(slot), storage_bytes)
             ends = [end.fileno() for end in box.theirs]
-            storage = extra[: len(extra) - len(entries)]
             tenant.zygote.connection.setblocking(True)  # a full socket: the zygote is a moment behind
             try:
-                protocol.send(
-                    tenant.zygote.connection, spawn.encode(), [*ends, *descriptors, *storage, *shared, *entries]
-                )
+                protocol.send(tenant.zygote.connection, spawn.encode(), [*ends, *shared, *entries])
             finally:
                 tenant.zygote.connection.setblocking(False)
             box.close_theirs()
@@ -453,36 +523,62 @@ class Server:
             if box is not None:
                 box.failed = failure
                 box.bury()
-            else:
-                if made is not None:
-                    made.remove()
-                heapq.heappush(self.free, slot)
-                self._refuse(start, failure, done)
+                return
+            if made is not None:
+                made.remove()
+            if storage >= 0:
+                os.close(storage)
+            heapq.heappush(self.free, slot)
+            self._fail_oldest(tenant, failure)
         finally:
-            protocol.close_all([*descriptors, *extra])
+            protocol.close_all(entries)
 
-    def _refuse(
-        self, start: protocol.Start, failure: bytes, done: Callable[[protocol.Ended], None] | None
+    def _fail_oldest(self, tenant: Tenant, failure: bytes) -> None:
+        """A sandbox could not be built: the job that it was for ends so, and nothing else is tried for it."""
+        if tenant.queue:
+            waiting = tenant.queue.popleft()
+            del self.waiting[waiting.start.ticket]
+            protocol.close_all(waiting.descriptors)
+            self._refuse(waiting.start, failure, waiting.done)
+
+    def _forget(self, waiting: Waiting) -> None:
+        """Cancelled before it had a sandbox."""
+        for tenant in self.tenants:
+            if waiting in tenant.queue:
+                tenant.queue.remove(waiting)
+        protocol.close_all(waiting.descriptors)
+        self._end_unbuilt(waiting.start, CANCELLED, b"", waiting.done)
+
+    def _refuse(self, start: protocol.Start, failure: bytes, done: Callable[[protocol.Ended], None] | None) -> None:
+        self._end_unbuilt(start, SETUP_FAILED, failure, done)
+
+    def _end_unbuilt(
+        self, start: protocol.Start, outcome: int, inside: bytes, done: Callable[[protocol.Ended], None] | None
     ) -> None:
-        ended = protocol.Ended(
-            start.ticket, SETUP_FAILED, protocol.UNKNOWN, 0, 0, 0, protocol.UNKNOWN, protocol.UNKNOWN,
-            protocol.UNKNOWN, b"", failure,
-        )  # fmt: skip
+        unknown = protocol.UNKNOWN
+        ended = protocol.Ended(start.ticket, outcome, unknown, 0, 0, 0, unknown, unknown, unknown, b"", inside)
         (done or self._tell_ended)(ended)
 
     def tell_started(self, box: Box) -> None:
-        if box.done is None:
+        if box.done is None and box.start is not None:
             self._send(protocol.encode_started(box.start.ticket))
 
     def ended(self, box: Box, verdict: protocol.Ended) -> None:
         """The job is over."""
-        del self.tickets[box.start.ticket]
+        del self.tickets[verdict.ticket]
         (box.done or self._tell_ended)(verdict)
 
     def finished(self, box: Box) -> None:
         """Nothing of `box` is left: its slot, and with it its ids, may be another's."""
-        del self.boxes[box.slot], box.tenant.boxes[box.slot]
+        tenant = box.tenant
+        del self.boxes[box.slot], tenant.boxes[box.slot]
         heapq.heappush(self.free, box.slot)
+        if box in tenant.ready:
+            tenant.ready.remove(box)
+        if box in tenant.building:
+            tenant.building.discard(box)
+            self._fail_oldest(tenant, box.failed or b"start\0000\000it died while it was built")
+        self._refill_soon(tenant)
 
     def _tell_ended(self, ended: protocol.Ended) -> None:
         self._send(ended.encode())
@@ -536,7 +632,7 @@ class Server:
                 "noswap": self.noswap,
             },
             "cores": self.cores,
-            "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "ram_bytes": self.ram_bytes,
         }
 
 

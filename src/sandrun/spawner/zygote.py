@@ -5,7 +5,6 @@ read-only root. It forks sandboxes and sees no job's data. Everything here runs 
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
 import signal
@@ -19,18 +18,6 @@ from sandrun.spawner import protocol
 
 CODE, CONFIG, SOCKET = 3, 4, 5
 """Descriptors that the spawner hands over."""
-
-WARM_UP = """
-class Warm:
-    def __init__(self, n): self.n = n
-    def __repr__(self): return f"<{self.n:>4}>"
-try:
-    total = sum(i * i for i in range(10)); names = {str(i): [i, Warm(i)] for i in range(5)}
-    print(total, names, sep="\\n", file=out); raise ValueError("warm")
-except ValueError as error:
-    print(repr(error), file=out)
-"""
-
 
 def main() -> None:
     """Serve until the spawner is gone. Returns only in a job's process."""
@@ -71,7 +58,7 @@ def _prepare(config: dict[str, object]) -> dict[str, object]:
     for name in config["preload"]:  # type: ignore[attr-defined]
         __import__(name)
     for _ in range(2):
-        exec(compile(WARM_UP, "<warm>", "exec"), {"__name__": "__main__", "out": io.StringIO()})
+        script.warm_up()
     os.environ.pop("PYTHONPATH", None)
     gc.collect()
     gc.freeze()
@@ -125,7 +112,6 @@ def _spawn(connection: socket.socket, nest: Nest, spawn: protocol.Spawn, descrip
                 init_id=spawn.init_id,
                 job_id=spawn.job_id,
                 storage_bytes=spawn.storage_bytes,
-                collect=bool(spawn.flags & protocol.COLLECT),
                 descriptors=descriptors,
                 has_storage=has_storage,
                 has_cgroup=has_cgroup,
