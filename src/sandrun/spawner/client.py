@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,10 @@ from sandrun.errors import Overloaded, ProtocolError, SetupError
 from sandrun.model import LimitHit, Limits, Outcome, Usage
 from sandrun.sandbox import messages
 from sandrun.spawner import protocol
+
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS)
+"""What passes by itself: descriptors or memory used up, for the moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,13 +165,18 @@ class SpawnerClient:
             stdin = self._null if order.stdin_fd is None else order.stdin_fd
             descriptors = [spec, order.archive_fd, stdin, *theirs[:3]]
             protocol.send(self._connection, start.encode(), descriptors)
-        except BlockingIOError:
+        except BaseException as error:
             protocol.close_all(ours)
-            raise Overloaded("the spawner is busy", retry_after_seconds=1, client_at_fault=False) from None
-        except OSError:
-            protocol.close_all(ours)
-            self._lose()
-            raise Overloaded("the spawner is being restarted", retry_after_seconds=2, client_at_fault=False) from None
+            if isinstance(error, BlockingIOError):
+                reason = "the spawner is busy"
+            elif isinstance(error, ConnectionError):
+                self._lose()
+                reason = "the spawner is being restarted"
+            elif isinstance(error, OSError) and error.errno in SHORTAGES:
+                reason = f"the server is short of something: {os.strerror(error.errno)}"
+            else:
+                raise
+            raise Overloaded(reason, retry_after_seconds=1, client_at_fault=False) from None
         finally:
             protocol.close_all(theirs)
         sandbox = Sandbox(self, self._ticket, (ours[0], ours[1], ours[2]))
@@ -212,7 +222,7 @@ class SpawnerClient:
                     return
         except BlockingIOError:
             return
-        except (OSError, ProtocolError):
+        except (OSError, ProtocolError, ValueError):
             self._lose()
 
     def _handle(self, message: bytes) -> None:
@@ -252,7 +262,7 @@ def _translate(ended: protocol.Ended) -> Ended:
     if outcome is Outcome.SETUP_FAILED:
         step, number, details = messages.read_failure(ended.inside)
         failed = {"step": step, "errno": number, "details": details}
-    elif ended.inside:
+    elif ended.inside and ended.host:
         isolation = {
             "inside": json.loads(ended.inside),
             "host": json.loads(ended.host),
