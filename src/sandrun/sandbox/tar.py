@@ -256,10 +256,10 @@ class Archive:
             raise self._bad(f"makes extended headers more than {EXTENDED_BYTES} bytes, which is the most accepted")
         payload = self._take(size, "ends inside an extended header")
         self._take(-size % _BLOCK, "ends inside an extended header")
-        if kind == b"L":
-            found = {b"path": payload.rstrip(b"\0")}
-        elif kind == b"K":
-            found = {b"linkpath": payload.rstrip(b"\0")}
+        if kind == b"L" or kind == b"K":
+            if payload[-1:] != b"\0":  # GNU tar reads on to the next NUL, whatever the size
+                raise self._bad("has a malformed long name")
+            found = {b"path" if kind == b"L" else b"linkpath": payload.rstrip(b"\0")}
         else:
             found = self._pax(payload)
             if kind == b"g" and found:
