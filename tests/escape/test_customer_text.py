@@ -153,7 +153,10 @@ def test_ps_shows_own_processes_alone(api: Api) -> None:
     stranger = subprocess.Popen(["sleep", "86399"])
     try:
         code = lines(PROCESSES, "import os", "os.system")
-        assert "sleep 86399" in outside(code).stdout
+        seen = outside(code)
+        if "Unable to get system boot time" in seen.stderr:
+            pytest.skip("ps does not work on this kernel (user-mode Linux), sandbox or not")
+        assert "sleep 86399" in seen.stdout
         result = api.run(code)
     finally:
         stranger.kill()
@@ -174,7 +177,7 @@ def test_process_1_cannot_be_killed(api: Api) -> None:
     assert (result["outcome"], result["exit_code"], result["signal"]) == ("exited", 1, None)
     assert last_line(result) == "PermissionError: [Errno 1] Operation not permitted"
     whole = api.run(PROCESSES)
-    assert "ps aux" in whole["stdout"]
+    assert "COMMAND" in whole["stdout"]
     assert last_line(whole) == "PermissionError: [Errno 1] Operation not permitted"
 
 
