@@ -34,7 +34,7 @@ class Host:
 
 
 def make(**bounds: int) -> tuple[Scheduler[Job], Host]:
-    all_bounds = {"running": 2, "memory_bytes": 1000, "client_running": 2, "queued": 100, "client_queued": 100}
+    all_bounds = {"active": 2, "memory_bytes": 1000, "client_running": 2, "queued": 100, "client_queued": 100}
     host = Host()
     return Scheduler(Bounds(**all_bounds | bounds), host.start), host
 
@@ -46,7 +46,7 @@ def put(scheduler: Scheduler[Job], *jobs: Job) -> None:
 
 
 def test_jobs_start_in_the_order_of_their_coming():
-    scheduler, host = make(running=1, client_running=1)
+    scheduler, host = make(active=1, client_running=1)
     jobs = [Job("a"), Job("b", BOB), Job("c")]
     put(scheduler, *jobs)
     assert host.started == ["a"]
@@ -58,14 +58,14 @@ def test_jobs_start_in_the_order_of_their_coming():
 
 
 def test_no_more_run_than_there_are_places():
-    scheduler, host = make(running=2)
+    scheduler, host = make(active=2)
     put(scheduler, *(Job(str(n)) for n in range(5)))
     assert host.started == ["0", "1"]
     assert (scheduler.running, scheduler.queued) == (2, 3)
 
 
 def test_the_promised_memory_is_bounded_and_a_large_job_is_not_overtaken():
-    scheduler, host = make(running=9, client_running=9, memory_bytes=100)
+    scheduler, host = make(active=9, client_running=9, memory_bytes=100)
     first, large, small = Job("first", memory_bytes=60), Job("large", memory_bytes=80), Job("small", BOB, 10)
     put(scheduler, first, large, small)
     assert host.started == ["first"]
@@ -83,13 +83,13 @@ def test_job_larger_than_all_memory_runs_alone():
 
 
 def test_one_client_leaves_places_to_others():
-    scheduler, host = make(running=4, client_running=1)
+    scheduler, host = make(active=4, client_running=1)
     put(scheduler, Job("a1"), Job("a2"), Job("b1", BOB), Job("c1", CAROL))
     assert host.started == ["a1", "b1", "c1"]
 
 
 def test_client_over_its_queue_bound_is_at_fault_and_others_are_not_kept_out():
-    scheduler, _ = make(running=1, client_queued=2)
+    scheduler, _ = make(active=1, client_queued=2)
     put(scheduler, Job("running"), Job("q1"), Job("q2"))
     with pytest.raises(Overloaded, match="2 jobs waiting") as refused:
         scheduler.reserve(ALICE)
@@ -98,7 +98,7 @@ def test_client_over_its_queue_bound_is_at_fault_and_others_are_not_kept_out():
 
 
 def test_full_queue_is_the_servers_fault_and_reservations_count():
-    scheduler, _ = make(running=1, queued=2)
+    scheduler, _ = make(active=1, queued=2)
     put(scheduler, Job("running"), Job("q1"))
     scheduler.reserve(BOB)
     with pytest.raises(Overloaded, match="queue is full") as refused:
@@ -117,7 +117,7 @@ def test_given_up_reservations_leave_nothing():
 
 
 def test_removing_the_job_that_others_wait_behind_lets_them_start():
-    scheduler, host = make(running=9, client_running=9, memory_bytes=100)
+    scheduler, host = make(active=9, client_running=9, memory_bytes=100)
     first, large, small = Job("first", memory_bytes=60), Job("large", memory_bytes=80), Job("small", memory_bytes=10)
     put(scheduler, first, large, small)
     assert scheduler.remove(large)
@@ -148,16 +148,29 @@ def test_job_that_ends_while_it_is_started_takes_no_place():
         ended.append(job)
         return True
 
-    scheduler = Scheduler(Bounds(running=1, memory_bytes=99, client_running=1, queued=9, client_queued=9), start)
+    scheduler = Scheduler(Bounds(active=1, memory_bytes=99, client_running=1, queued=9, client_queued=9), start)
     put(scheduler, *(Job(str(n)) for n in range(3)))
     assert [job.name for job in ended] == ["0", "1", "2"]
     assert (scheduler.running, scheduler.queued) == (0, 0)
 
 
 def test_releasing_twice_frees_one_place():
-    scheduler, host = make(running=1)
+    scheduler, host = make(active=1)
     jobs = [Job(str(n)) for n in range(3)]
     put(scheduler, *jobs)
     scheduler.release(jobs[0])
     scheduler.release(jobs[0])
     assert host.started == ["0", "1"]
+
+
+def test_a_sleeping_job_gives_its_place_back_and_takes_it_again():
+    scheduler, host = make(active=1, client_running=9)
+    first, second, third = Job("first"), Job("second"), Job("third")
+    put(scheduler, first, second, third)
+    scheduler.set_active(first, False)
+    assert host.started == ["first", "second"]
+    scheduler.set_active(first, True)
+    scheduler.release(second)
+    assert host.started == ["first", "second"]
+    scheduler.release(first)
+    assert host.started == ["first", "second", "third"]

@@ -17,13 +17,13 @@ class Bounds:
     """How much at once.
 
     Attributes:
-        running: sandboxes that run.
+        active: sandboxes that use CPU; one that sleeps gives its place back, and takes it again when it wakes.
         memory_bytes: the sum of their limits; one job alone may exceed it, or it would wait for ever.
         client_running: sandboxes of one client.
         queued, client_queued: jobs that wait, in all and of one client, those being admitted included.
     """
 
-    running: int
+    active: int
     memory_bytes: int
     client_running: int
     queued: int
@@ -51,6 +51,7 @@ class Scheduler(Generic[R]):
         self._start = start
         self._queue: dict[R, None] = {}
         self._running: set[R] = set()
+        self._active: set[R] = set()
         self._memory_bytes = 0
         self._waiting: dict[int, int] = {}  # client tag -> queued jobs and reservations
         self._places: dict[int, int] = {}  # client tag -> running jobs
@@ -102,8 +103,17 @@ class Scheduler(Generic[R]):
         """A job that was started is over."""
         if job in self._running:
             self._running.remove(job)
+            self._active.discard(job)
             self._memory_bytes -= job.memory_bytes
             _count(self._places, job.client, -1)
+            self._dispatch()
+
+    def set_active(self, job: R, active: bool) -> None:
+        """A running job has begun to sleep, or has woken. Waking ones are not held up: the bound is for starting."""
+        if active and job in self._running:
+            self._active.add(job)
+        elif not active and job in self._active:
+            self._active.remove(job)
             self._dispatch()
 
     def resume(self) -> None:
@@ -126,7 +136,7 @@ class Scheduler(Generic[R]):
 
     def _next(self) -> R | None:
         """The first job whose client has a place left. A large one is waited for, not overtaken, or it would starve."""
-        if len(self._running) >= self.bounds.running:
+        if len(self._active) >= self.bounds.active:
             return None
         for job in self._queue:
             if self._places.get(job.client.tag, 0) >= self.bounds.client_running:
@@ -142,6 +152,7 @@ class Scheduler(Generic[R]):
         try:
             while not self._paused and (job := self._next()) is not None:
                 self._running.add(job)
+                self._active.add(job)
                 self._memory_bytes += job.memory_bytes
                 _count(self._places, job.client, 1)
                 if self._start(job):

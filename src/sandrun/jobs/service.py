@@ -28,7 +28,7 @@ from sandrun.jobs.running import Running
 from sandrun.jobs.scheduler import Bounds, Scheduler
 from sandrun.jobs.store import Account, Store
 from sandrun.jobs.wakeup import Wakeup
-from sandrun.model import LimitHit, Manifest, Outcome, Status, parse_manifest, show
+from sandrun.model import MIB, LimitHit, Manifest, Outcome, Status, parse_manifest, show
 from sandrun.spawner.client import Ended, Order, SpawnerClient, SpawnerFacts
 
 JOB_BYTES = 16 * 1024
@@ -36,6 +36,8 @@ JOB_BYTES = 16 * 1024
 SMALL_BYTES = 64 * 1024
 """Up to this much is parsed or packed in the event loop: a thread would cost more than the work."""
 CANCEL_SECONDS = 5.0
+DEFAULT_MEMORY_BYTES = 512 * MIB
+"""What a job takes of the memory that may be promised, when the places of a client are counted."""
 START_AGAIN_SECONDS = 0.05
 """How soon to try again when the spawner is being replaced or is busy."""
 
@@ -59,11 +61,12 @@ class JobService:
             call_at=self._loop.call_at,
             clock=self._loop.time,
         )
-        places = max(1, int(config.active_per_core * facts.cores))
+        memory_bytes = int(facts.ram_bytes * config.memory_share)
+        places = memory_bytes // min(config.ceilings.memory_mb * MIB, DEFAULT_MEMORY_BYTES)
         self._scheduler: Scheduler[Job] = Scheduler(
             Bounds(
-                running=places,
-                memory_bytes=int(facts.ram_bytes * config.memory_share),
+                active=max(1, int(config.active_per_core * facts.cores)),
+                memory_bytes=memory_bytes,
                 client_running=max(1, int(places * config.client_running_share)),
                 queued=config.queued_jobs,
                 client_queued=config.client_queued_jobs,
@@ -328,6 +331,7 @@ class JobService:
         job.left_queue = time.monotonic()
         job.status = Status.RUNNING
         self._running[job] = Running(job, sandbox, self._finished)
+        sandbox.on_activity = partial(self._scheduler.set_active, job)
         job.changed.wake()
         return True
 

@@ -69,6 +69,7 @@ def _supervise(spec: Spec, pid: int) -> NoReturn:
             if collector == 0:
                 job.be_collector(spec, assignment.wishes, assignment.outputs)
             os.waitpid(collector, 0)
+        close(assignment.wishes, assignment.outputs)  # the reader's end of file, before the answer
         os.write(spec.control, messages.DONE)
     except BaseException as error:
         _give_up(spec, step, error)

@@ -25,6 +25,8 @@ SETUP_SECONDS = 30.0
 END_SECONDS = 0.4
 """How long init may take to end its job before the whole cgroup is killed."""
 COLLECT_SECONDS = 60.0
+QUIET_USEC = 1000
+"""A job that used less CPU between two looks sleeps, as far as the queue is concerned."""
 SPARE_BYTES = 32 << 20
 """What a job's memory limit has beside its tmpfs: a full one is ENOSPC, not the end of the job."""
 EXITED, SIGNALED, TIMEOUT, CPU_LIMIT, MEMORY_LIMIT, CANCELLED, WORKER_LOST, SETUP_FAILED = range(8)
@@ -175,6 +177,17 @@ class Box:
     def on_wall_limit(self) -> None:
         self.end(TIMEOUT)
 
+    def sample(self) -> None:
+        """Notice whether the job has used CPU since the last look. Called now and then while it runs."""
+        used = self.cgroup.cpu_usec() if self.cgroup is not None else None
+        if used is None or self.start is None:
+            return
+        active = used - self._sampled > QUIET_USEC
+        self._sampled = used
+        if active != self.active:
+            self.active = active
+            self.server.tell_activity(self.start, active)
+
     def on_cpu_check(self) -> None:
         used = self.cgroup.cpu_usec() if self.cgroup is not None else None
         if used is None or self.exited is not None:
@@ -293,6 +306,8 @@ class Box:
 
     # ---- the end -------------------------------------------------------------------------------------------
 
+    active = True
+    _sampled = 0
     _oom_kills = 0
     _limit_hits = 0
 

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,6 @@ from sandrun.errors import Overloaded, ProtocolError, SetupError
 from sandrun.model import LimitHit, Limits, Outcome, Usage
 from sandrun.sandbox import messages
 from sandrun.spawner import protocol
-
 
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS)
 """What passes by itself: descriptors or memory used up, for the moment."""
@@ -79,6 +79,7 @@ class Sandbox:
         stdout, stderr, outputs: read ends of pipes, non-blocking; whoever reads them owns and closes them.
         started: resolves to the CLOCK_MONOTONIC second at which the client's code began; cancelled if it never did.
         ended: resolves to `Ended`, never to an exception.
+        on_activity: called with False when the job has used no CPU for 0.2 s, with True when it does again.
     """
 
     def __init__(self, client: SpawnerClient, ticket: int, pipes: tuple[int, int, int]) -> None:
@@ -87,6 +88,7 @@ class Sandbox:
         self.stdout, self.stderr, self.outputs = pipes
         self.started: asyncio.Future[float] = client.loop.create_future()
         self.ended: asyncio.Future[Ended] = client.loop.create_future()
+        self.on_activity: Callable[[bool], None] | None = None
 
     def cancel(self) -> None:
         """Have the job end as `cancelled`; what it wrote so far is kept. No effect on one that is over."""
@@ -231,6 +233,11 @@ class SpawnerClient:
             sandbox = self._sandboxes.get(protocol.decode_started(message))
             if sandbox is not None and not sandbox.started.done():
                 sandbox.started.set_result(time.monotonic())
+        elif kind == protocol.ACTIVITY:
+            ticket, active = protocol.decode_activity(message)
+            sandbox = self._sandboxes.get(ticket)
+            if sandbox is not None and sandbox.on_activity is not None:
+                sandbox.on_activity(active)
         elif kind == protocol.ENDED:
             ended = protocol.Ended.decode(message)
             sandbox = self._sandboxes.pop(ended.ticket, None)

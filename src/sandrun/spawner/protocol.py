@@ -6,7 +6,7 @@ reads it gives the connection up. Nothing that a client sent is in a field; it t
 in tails that the spawner hands on unread.
 
     api     -> spawner  START CANCEL
-    spawner -> api      FACTS UNFIT STARTED ENDED
+    spawner -> api      FACTS UNFIT STARTED ACTIVITY ENDED
     spawner -> zygote   SPAWN                     zygote -> spawner   WARM SPAWNED REFUSED
 
 What passes between spawner, init and job is in `sandrun.sandbox.messages`.
@@ -78,11 +78,13 @@ CANCEL = b"C"
 FACTS = b"F"  # the tail is JSON
 UNFIT = b"U"  # the tail is `step NUL errno NUL text`: no sandbox can be built here; the last message
 STARTED = b"B"
+ACTIVITY = b"A"  # a job has begun to use CPU again, or has used none for a while
 ENDED = b"E"
 
 _START = struct.Struct("<cxHHBxQQQIIxxxx")
 _CANCEL = struct.Struct("<c7xQ")
 _STARTED = struct.Struct("<c7xQ")
+_ACTIVITY = struct.Struct("<c?6xQ")
 _ENDED = struct.Struct("<cBBBiiQQqqqI")
 
 START_BYTES = 64
@@ -134,6 +136,15 @@ def encode_started(ticket: int) -> bytes:
 
 def decode_started(message: bytes) -> int:
     return unpack(_STARTED, message)[1]
+
+
+def encode_activity(ticket: int, active: bool) -> bytes:
+    return _ACTIVITY.pack(ACTIVITY, active, ticket)
+
+
+def decode_activity(message: bytes) -> tuple[int, bool]:
+    _, active, ticket = unpack(_ACTIVITY, message)
+    return ticket, bool(active)
 
 
 OUTCOMES = (

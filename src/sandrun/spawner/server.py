@@ -24,7 +24,7 @@ from sandrun.linux import cgroup, landlock, process
 from sandrun.sandbox import messages, policy, report, rootfs
 from sandrun.spawner import interpreters, nursery, protocol
 from sandrun.spawner.box import CANCELLED, SETUP_FAILED, SPARE_BYTES, WORKER_LOST, Box
-from sandrun.spawner.selftest import SelfTests
+from sandrun.spawner.selftest import TICKETS, SelfTests
 
 WARM_SECONDS = 60.0
 """How long a zygote may take to load its modules."""
@@ -43,6 +43,8 @@ PARKED_BYTES = 3 << 20
 MOST_PARKED = 64
 REFILL_SECONDS = 0.001
 """Between two builds for the pool: what is asked for goes first."""
+ACTIVITY_SECONDS = 0.2
+"""Between two looks at which jobs use CPU."""
 FIRST_SLOT, SLOTS = 1, 16384
 
 
@@ -193,6 +195,7 @@ class Server:
             self._send(protocol.FACTS + json.dumps(self._facts()).encode())
             self.connection.setblocking(False)
             self.watch(self.connection.fileno(), self._on_api)
+            self._look_at_activity()
             while not self.stopping:
                 self.turn()
             self._end_all()
@@ -562,6 +565,16 @@ class Server:
     def tell_started(self, box: Box) -> None:
         if box.done is None and box.start is not None:
             self._send(protocol.encode_started(box.start.ticket))
+
+    def tell_activity(self, start: protocol.Start, active: bool) -> None:
+        if start.ticket < TICKETS:
+            self._send(protocol.encode_activity(start.ticket, active))
+
+    def _look_at_activity(self) -> None:
+        for box in list(self.tickets.values()):
+            if box.started and box.exited is None:
+                box.sample()
+        self.at(time.monotonic() + ACTIVITY_SECONDS, self._look_at_activity)
 
     def ended(self, box: Box, verdict: protocol.Ended) -> None:
         """The job is over."""
