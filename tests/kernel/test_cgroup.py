@@ -124,7 +124,7 @@ def test_limits_can_be_lowered_and_raised(box):
 
 
 def test_limit_that_the_kernel_did_not_take_as_written_is_an_error(box):
-    with pytest.raises(OSError, match="wrote 18446744073776660480, reads 67108864") as caught:
+    with pytest.raises(OSError, match="wrote 18446744073776660480, reads (67108864|max)") as caught:
         box.set_limits((1 << 64) + 64 * MB, 10)
     assert caught.value.errno == errno.ERANGE
 
