@@ -181,6 +181,7 @@ FILES = (
     Allow("utimensat", why="shutil.copystat, touch, make"),
     Allow("flock", why="lock files"),
     Allow("statfs", why="free space"),
+    Allow("fstatfs", why="libc's posix_fallocate"),
     Allow("fchdir", why="find, rm -r, fts"),
     Allow("umask", why="shells, tempfile"),
     Allow("creat", why="older programs"),
@@ -198,7 +199,7 @@ PROCESS = (
     Allow("getpgid", why="os.killpg(os.getpgid(child), ...)"),
     Allow("setpgid", why="shells' job control"),
     Allow("setsid", why="subprocess with start_new_session=; the job ends with all sessions in it"),
-    Allow("getgroups", why="id"),
+    Allow("getgroups", why="id(1), os.getgroups"),
     AllowIf("kill", arg(0).differs(INIT), why="signals to own processes; kill(-1) ends at the PID namespace"),
     Refuse("kill", EPERM, why="pid 1 is our init, which must live to report; holds where both have one uid too"),
     AllowIf("tgkill", arg(0).differs(INIT), why="raise, abort, pthread_kill"),
@@ -285,7 +286,11 @@ REFUSED = (
         "newer than what was measured",
     ),
     # EOPNOTSUPP: the answer of a file system that does not do this
-    *refuse(EOPNOTSUPP, "getxattr lgetxattr fgetxattr flistxattr", "ls and cp go on as on a file system without them"),
+    *refuse(
+        EOPNOTSUPP,
+        "getxattr lgetxattr fgetxattr flistxattr setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr",
+        "file capabilities and kernel memory; ls -l and cp -a go on as on a file system without them",
+    ),
     Refuse("fallocate", EOPNOTSUPP, why="libc's posix_fallocate writes zeros instead; hole punching had kernel bugs"),
     # EPERM
     *refuse(EPERM, "socket connect bind listen accept accept4", "no network, not even a local one"),
@@ -319,11 +324,6 @@ REFUSED = (
     *refuse(EPERM, "chown fchown lchown fchownat", "files keep their owner"),
     *refuse(EPERM, "mknod mknodat", "devices; and a FIFO would hang whoever opens it"),
     *refuse(EPERM, "name_to_handle_at open_by_handle_at", "opens files past all directories: the Shocker attack"),
-    *refuse(
-        EPERM,
-        "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr",
-        "kernel memory for names and values, and file capabilities",
-    ),
     *refuse(EPERM, "execveat memfd_create", "programs that are in no file"),
     *refuse(EPERM, "fanotify_init fanotify_mark inotify_init inotify_init1", "watching files; tail -f polls instead"),
     *refuse(EPERM, "inotify_add_watch inotify_rm_watch", "watching files"),
@@ -351,7 +351,7 @@ REFUSED = (
     ),
     *refuse(EPERM, "setpriority getpriority ioprio_set ioprio_get", "the scheduler is the host's"),
     *refuse(EPERM, "getrlimit setrlimit", "prlimit64 serves"),
-    *refuse(EPERM, "getsid get_robust_list lookup_dcookie fstatfs preadv pwritev", "not needed by what was measured"),
+    *refuse(EPERM, "getsid get_robust_list lookup_dcookie preadv pwritev", "not needed by what was measured"),
     *refuse(EPERM, "utime utimes futimesat getdents ustat sysfs", "newer forms serve"),
     *refuse(EPERM, "set_thread_area get_thread_area", "32-bit programs only"),
     *refuse(

@@ -15,7 +15,7 @@ import io
 import os
 import sys
 
-from sandrun.linux import libc
+from sandrun.linux import libc, process
 from sandrun.sandbox.rootfs import WORK
 
 MARKER = WORK + "/" + "x" * 4090
@@ -72,6 +72,7 @@ def prepare() -> None:
         for name in [name for name in vars(custom) if not name.startswith("__")]:
             delattr(custom, name)
     warm_up()
+    process.set_name("python3")
     atexit.register(_spare, tuple(sys.modules))
 
 

@@ -299,6 +299,8 @@ class Box:
     def kill(self) -> None:
         """SIGKILL to the whole sandbox. What is left to do follows when init's pidfd says that it is over."""
         self._stop_timers()
+        if self.dead:
+            return
         if self.cgroup is not None:
             self.cgroup.kill()
         if self.pidfd >= 0:
@@ -317,6 +319,8 @@ class Box:
 
     def bury(self) -> None:
         """Nothing lives in it any more: read the meters, remove the cgroup, tell."""
+        if self.dead:
+            return
         self.dead = True
         self._stop_timers()
         if self.exited is None:
@@ -340,7 +344,6 @@ class Box:
                 self.cgroup.remove(timeout=0)
             except OSError:
                 if time.monotonic() < deadline:
-                    self.cgroup.kill()
                     self.server.at(time.monotonic() + 0.001, lambda: self._remove(deadline))
                     return
                 self.server.log(f"cgroup of slot {self.slot} is still busy and is left behind")

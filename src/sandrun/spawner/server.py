@@ -169,9 +169,10 @@ class Server:
             if (call := heapq.heappop(self.timers).call) is not None:
                 call()
         wait = max(0.0, self.timers[0].when - time.monotonic()) if self.timers else -1
-        for descriptor, _ in self.epoll.poll(wait):
-            handler = self.handlers.get(descriptor)
-            if handler is not None:
+        events = [(descriptor, self.handlers.get(descriptor)) for descriptor, _ in self.epoll.poll(wait)]
+        for descriptor, handler in events:
+            # a handler before this one may have closed the descriptor, and another taken its number
+            if handler is not None and self.handlers.get(descriptor) is handler:
                 handler()
 
     def log(self, text: str) -> None:
