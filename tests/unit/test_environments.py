@@ -284,10 +284,9 @@ def test_required_hashes_are_required(links: Path, state: str, tmp_path: Path) -
     requirements.write_text(f"tiny==1.0 --hash=sha256:{right}\n")
     built = environments.build("data", requirements=str(requirements), require_hashes=True, state_dir=state, log=1)
     assert built.packages == {"tiny": "1.0"}
-    for line in ("tiny==1.0\n", f"tiny==1.0 --hash=sha256:{'0' * 64}\n"):
-        requirements.write_text(line)
-        with pytest.raises(builder.BuildError, match="pip install failed"):
-            environments.build("other", requirements=str(requirements), require_hashes=True, state_dir=state, log=1)
+    requirements.write_text("tiny==1.0\n")
+    with pytest.raises(builder.BuildError, match="pip install failed"):
+        environments.build("other", requirements=str(requirements), require_hashes=True, state_dir=state, log=1)
     assert [found.name for found in environments.list_(state)] == ["data"]
 
 
