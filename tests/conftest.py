@@ -66,7 +66,7 @@ def api(shared_api: serving.Api, running_server: serving.Server) -> Iterator[ser
     yield shared_api
     assert running_server.process.poll() is None, f"the server died\n{running_server.tail()}"
     if not running_server.idle():
-        left = [f"{p.pid} {p.title}" for p in running_server.sandboxes()]
+        left = [f"{p.pid} {p.title}" for p in running_server.busy()]
         raise AssertionError(f"processes of jobs were left: {left}")
 
 

@@ -35,13 +35,35 @@ class Process:
 
     @property
     def pid_depth(self) -> int:
-        """How many PID namespaces deep it lives, 1 being ours; 0 when it is gone."""
+        """How many PID namespaces deep it lives; 0 when it is gone."""
+        return len(self._pids())
+
+    @property
+    def pid_inside(self) -> int:
+        """Its pid in the innermost of them."""
+        return int((self._pids() or ["0"])[-1])
+
+    def _pids(self) -> list[str]:
         try:
             with open(f"/proc/{self.pid}/status") as f:
                 found = re.search(r"^NSpid:\s+(.*)$", f.read(), re.MULTILINE)
         except OSError:
-            return 0
-        return len(found[1].split()) if found else 0
+            return []
+        return found[1].split() if found else []
+
+    def descriptors(self) -> list[str]:
+        """What it has open, as far as we may look."""
+        try:
+            names = os.listdir(f"/proc/{self.pid}/fd")
+        except OSError:
+            return []
+        found = []
+        for name in names:
+            try:
+                found.append(os.readlink(f"/proc/{self.pid}/fd/{name}"))
+            except OSError:
+                continue
+        return found
 
     def namespaces(self) -> dict[str, str]:
         """Those of its namespaces that are not ours, by kind; only what we may read."""

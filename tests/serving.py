@@ -74,11 +74,21 @@ class Server:
     def descendants(self) -> list[host.Process]:
         return host.descendants(self.pid)
 
-    def sandboxes(self) -> list[host.Process]:
-        """Processes of jobs: those that live below a zygote's PID namespace."""
+    def sandboxes(self) -> list[list[host.Process]]:
+        """Each sandbox's processes, parked ones too, init first: they live below a zygote's PID namespace."""
         ours = host.process(os.getpid())
         base = ours.pid_depth if ours else 1
-        return [p for p in self.descendants() if p.pid_depth >= base + 2]
+        inits = [p for p in self.descendants() if p.pid_depth == base + 2 and p.pid_inside == 1]
+        return [[init, *host.descendants(init.pid)] for init in inits]
+
+    def busy(self) -> list[host.Process]:
+        """Processes of jobs: of sandboxes that are not parked. In a parked one a single process waits for its files,
+        with a socket open that no job has (requirement 12)."""
+        found = []
+        for members in self.sandboxes():
+            if len(members) != 2 or not any(text.startswith("socket:") for text in members[1].descriptors()):
+                found += members
+        return found
 
     def part(self, word: str) -> host.Process:
         """The process of this server with `word` (api, spawner, zygote) in its title."""
@@ -88,7 +98,7 @@ class Server:
 
     def idle(self, seconds: float = GONE_SECONDS) -> bool:
         """Whether no process of any job is left within this time."""
-        return wait_until(lambda: not self.sandboxes(), seconds)
+        return wait_until(lambda: not self.busy(), seconds)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-6000:]
