@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sandrun.cli import manifest, verdict
 from sandrun.cli.local import spawner
 from sandrun.cli.main import complain
+from sandrun.cli.scope import enter_scope
 from sandrun.cli.settings import add_flags, load_config
 from sandrun.cli.terminal import JobStream, one_line, print_json, stderr_stream, stdout_stream
 from sandrun.config import Config
@@ -90,6 +91,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args)
+    enter_scope(config)
     given = manifest.collect(args, args.source, args.words)
     archive = manifest.load_source(args.source, given)
     if given and args.outputs is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from sandrun.cli.scope import enter_scope
 from sandrun.cli.settings import add_flags, load_config
 
 EXAMPLES = """examples:
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args)
+    enter_scope(config)
     from sandrun.spawner.supervisor import serve  # forks the privileged process before anything else is imported
 
     return serve(config)
