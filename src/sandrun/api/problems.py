@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 from starlette.exceptions import HTTPException
 
-from sandrun.errors import Conflict, InvalidInput, NotFound, Overloaded, SandrunError, TooLarge
+from sandrun.errors import Conflict, InvalidInput, NotFound, Overloaded, TooLarge
 
 
 class Problem(msgspec.Struct, omit_defaults=True, frozen=True):
@@ -52,7 +52,7 @@ class Gone(Exception):
     """The client closed the connection: nobody is there to answer."""
 
 
-TABLE: dict[type[Exception], tuple[int, str]] = {
+TABLE: dict[type, tuple[int, str]] = {
     InvalidInput: (400, "invalid_input"),
     NotFound: (404, "not_found"),
     Conflict: (409, "conflict"),
@@ -79,8 +79,8 @@ def describe(error: BaseException) -> tuple[int, Problem, dict[str, str]]:
         status = error.status_code
         problem = Problem(_HTTP_WORDS[status], _HTTP_DETAILS[status])
         headers = dict(error.headers or {})
-    elif isinstance(error, SandrunError) and type(error) in TABLE:
-        status, word = TABLE[type(error)]
+    elif (row := _row(error)) is not None:
+        status, word = row
         if isinstance(error, InvalidInput):
             problem = Problem(word, error.details, field=error.field)
         elif isinstance(error, TooLarge):
@@ -99,4 +99,8 @@ def describe(error: BaseException) -> tuple[int, Problem, dict[str, str]]:
 
 def is_expected(error: BaseException) -> bool:
     """False for what needs a log line: an exception that no part of the table foresees."""
-    return isinstance(error, (Refused, Gone, HTTPException)) or type(error) in TABLE
+    return isinstance(error, (Refused, Gone, HTTPException)) or _row(error) is not None
+
+
+def _row(error: BaseException) -> tuple[int, str] | None:
+    return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), None)

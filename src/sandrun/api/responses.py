@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -67,20 +67,27 @@ class Pieces(Response):
         headers: Mapping[str, str] | None = None,
         *,
         size: int | None = None,
+        done: Callable[[], None] | None = None,
     ) -> None:
+        """`size`, if it is known before. `done` is called at the end, whatever it is, even before the first piece."""
         self.status_code = 200
         self.background = None
         self.pieces = pieces
+        self.done = done
         self.raw_headers = make_headers(kind, headers)
         if size is not None:
             self.raw_headers.append((b"content-length", b"%d" % size))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        if scope["method"] == "HEAD":
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        else:
-            await until_gone(receive, self._send_all(send))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await until_gone(receive, self._send_all(send))
+        finally:
+            if self.done is not None:
+                self.done()
 
     async def _send_all(self, send: Send) -> None:
         try:

@@ -100,7 +100,7 @@ class JobCalls:
         asked = await self._read_run(request)
         if preferred(request, ("application/json", "text/event-stream")) == "text/event-stream":
             job = await until_gone(request.receive, self.service.run(client, asked))
-            return Pieces(self._run_events(job), "text/event-stream")
+            return Pieces(self._run_events(job), "text/event-stream", done=partial(self.service.dismiss, job))
 
         async def whole() -> Response:
             job = await self.service.run(client, asked)
@@ -132,17 +132,14 @@ class JobCalls:
 
     async def _run_events(self, job: Job) -> AsyncIterator[bytes]:
         """The job's id, its frames, and the result in the place of their end."""
-        try:
-            yield _event("job", Submitted(job.id, job.tag, job.status, self.service.position(job)))
-            async for item in follow(job, dict.fromkeys(STREAMS, 0), silence=SILENCE_SECONDS):
-                if item is None:
-                    yield b": still here\n\n"
-                elif getattr(item, "event", None) != "end":
-                    yield _event("log", item)
-            if not job.erased:
-                yield _event("result", self.service.result(job, logs=True))
-        finally:
-            self.service.dismiss(job)
+        yield _event("job", Submitted(job.id, job.tag, job.status, self.service.position(job)))
+        async for item in follow(job, dict.fromkeys(STREAMS, 0), silence=SILENCE_SECONDS):
+            if item is None:
+                yield b": still here\n\n"
+            elif getattr(item, "event", None) != "end":
+                yield _event("log", item)
+        if not job.erased:
+            yield _event("result", self.service.result(job, logs=True))
 
     async def status(self, request: Request) -> Response:
         job = self.service.get(request.path_params["job_id"])
