@@ -93,8 +93,10 @@ def getpid_by_int_0x80() -> int:
 @pytest.mark.requirement(5)
 def test_i386_call_ends_the_process():
     try:
-        assert in_child(getpid_by_int_0x80) == 1
+        outside = in_child(getpid_by_int_0x80)
     except Died:
+        outside = 0
+    if outside != 1:
         pytest.skip("this kernel has no i386 calls")
     with pytest.raises(Died) as caught:
         confined(getpid_by_int_0x80)
