@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from sandrun.linux.hierarchy import Tree, choose, find_trees
+from sandrun.linux import hierarchy
+from sandrun.linux.hierarchy import Tree, choose, find_trees, undelegated
 
 SYSTEMD_V2 = "29 24 0:24 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:8 - cgroup2 cgroup2 rw,nsdelegate\n"
 SYSTEMD_V1 = """\
@@ -120,3 +124,58 @@ def test_controller_that_is_on_v2_is_used_there_though_others_are_on_v1():
 def test_without_hierarchies_there_is_nothing():
     found = choose([], None)
     assert (found.mode, found.trees, found.where) == ("none", (), {})
+
+
+# --- who manages it
+
+
+def in_unit(path: str) -> hierarchy.Hierarchy:
+    return choose([], Tree(2, frozenset({"memory", "pids"}), "/cg", f"/cg{path}"))
+
+
+@pytest.fixture
+def systemd(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A host with systemd; the dictionary is the extended attributes, by directory."""
+    marks: dict[str, bytes] = {}
+
+    def getxattr(path: str, name: str) -> bytes:
+        if path not in marks or name != "trusted.delegate":
+            raise OSError(61, "No data available")
+        return marks[path]
+
+    monkeypatch.setattr(os, "getxattr", getxattr)
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/run/systemd/system")
+    return marks
+
+
+def test_without_systemd_nobody_else_manages_our_cgroup(monkeypatch):
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    assert undelegated(in_unit("/anything")) is None
+
+
+def test_unit_is_ours_if_systemd_marked_it(systemd):
+    assert undelegated(in_unit("/system.slice/a.service")) == "/cg/system.slice/a.service"
+    systemd["/cg/system.slice/a.service"] = b"1"
+    assert undelegated(in_unit("/system.slice/a.service")) is None
+    assert undelegated(in_unit("/system.slice/a.service/below/it")) is None
+    systemd["/cg/system.slice/a.service"] = b"0"
+    assert undelegated(in_unit("/system.slice/a.service")) is not None
+
+
+def test_mark_of_the_users_manager_does_not_make_its_units_ours(systemd, monkeypatch, tmp_path: Path):
+    systemd["/cg/user.slice/user@7.service"] = b"1"
+    asked = tmp_path / "systemctl"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path = "/user.slice/user@7.service/app.slice/a.scope"
+    for answer, ours in (("no", False), ("yes", True), ("", False)):
+        asked.write_text(f'#!/bin/sh\n[ "$6" = a.scope ] && echo {answer}\n')
+        asked.chmod(0o755)
+        assert (undelegated(in_unit(path)) is None) == ours
+    asked.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert undelegated(in_unit(path)) == f"/cg{path}"
+
+
+def test_v1_and_hybrid_need_no_delegation(systemd):
+    found = choose(trees(m="memory", p="pids"), unified())
+    assert undelegated(found) is None

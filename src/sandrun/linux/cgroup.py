@@ -49,7 +49,8 @@ LAYERS = ("memory", "pids", "cpu")
 POLLIN, POLLPRI = 1, 2  # <poll.h>
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
-DELEGATE = 'Fix: run in a delegated unit: systemd-run --scope -p Delegate=yes COMMAND (docs/operating.md, "cgroups")'
+_UNIT = "systemd-run --scope" if os.geteuid() == 0 else "systemd-run --user --scope"
+DELEGATE = f'Fix: run in a delegated unit: {_UNIT} -p Delegate=yes COMMAND (docs/operating.md, "cgroups")'
 _NO_SWAP = "Fix: swapoff -a, or boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1)"
 
 

@@ -162,13 +162,25 @@ def _is_delegated(tree: Tree) -> bool:
     directory = tree.base
     while directory != tree.mount and not directory.endswith((".service", ".scope", ".slice")):
         directory = os.path.dirname(directory)
-    for name in ("trusted.delegate", "user.delegate"):  # a user's manager, or since systemd 251, sets the second
+    for name in ("trusted.delegate", "user.delegate"):  # systemd 246 sets the first, 251 the second
         try:
             if os.getxattr(directory, name) == b"1":
                 return True
         except OSError:
             pass
-    return False
+    # a user's own manager sets neither
+    return "/user@" in os.path.dirname(directory) and _users_manager_delegates(os.path.basename(directory))
+
+
+def _users_manager_delegates(unit: str) -> bool:
+    import subprocess  # only here: privileged processes need not carry it
+
+    command = ("systemctl", "--user", "show", "--property=Delegate", "--value", "--", unit)
+    try:
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return told.stdout.strip() == b"yes"
 
 
 def enter_leaf(hierarchy: Hierarchy) -> None:
