@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from errno import ENOSYS, ENOTTY, EOPNOTSUPP, EPERM
+from errno import EINVAL, ENOSYS, ENOTTY, EOPNOTSUPP, EPERM
 from typing import NamedTuple
 
 from sandrun.linux.libc import MACHINE
@@ -31,6 +31,10 @@ TCGETS, TIOCGPGRP, TIOCGWINSZ, FIONREAD, FIONBIO = 0x5401, 0x540F, 0x5413, 0x541
 FIONCLEX, FIOCLEX, TCGETS2 = 0x5450, 0x5451, 0x802C542A
 TIOCSTI, TIOCLINUX, TIOCSETD = 0x5412, 0x541C, 0x5423
 FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR = 0x40086602, 0x40046602, 0x401C5820  # <linux/fs.h>
+
+F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK, F_SETLKW = range(8)  # <asm-generic/fcntl.h>
+F_SETOWN, F_SETSIG, F_SETOWN_EX, F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW = 8, 10, 15, 36, 37, 38
+F_SETLEASE, F_NOTIFY, F_DUPFD_CLOEXEC, F_SETPIPE_SZ, F_GETPIPE_SZ, F_GET_SEALS = 1024, 1026, 1030, 1031, 1032, 1034
 
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME = 1, 2, 3, 15, 16  # <linux/prctl.h>
 PR_GET_SECCOMP, PR_CAPBSET_READ, PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 21, 23, 38, 39
@@ -102,7 +106,27 @@ CORE = (
     Allow("rename", why="atomic replacement of files"),
     Allow("unlink", why="temporary files"),
     Allow("unlinkat", why="shutil.rmtree, rm -r"),
-    Allow("fcntl", why="close-on-exec, non-blocking, record locks"),
+    AllowIf("fcntl", arg(1).equals(F_DUPFD), why="copies of descriptors, shells"),
+    AllowIf("fcntl", arg(1).equals(F_DUPFD_CLOEXEC), why="copies of descriptors, os.dup"),
+    AllowIf("fcntl", arg(1).equals(F_GETFD), why="close-on-exec"),
+    AllowIf("fcntl", arg(1).equals(F_SETFD), why="close-on-exec"),
+    AllowIf("fcntl", arg(1).equals(F_GETFL), why="how a descriptor was opened, fdopen"),
+    AllowIf("fcntl", arg(1).equals(F_SETFL), why="non-blocking, append"),
+    AllowIf("fcntl", arg(1).equals(F_GETLK), why="record locks, sqlite"),
+    AllowIf("fcntl", arg(1).equals(F_SETLK), why="record locks, sqlite"),
+    AllowIf("fcntl", arg(1).equals(F_SETLKW), why="record locks, lockf"),
+    AllowIf("fcntl", arg(1).equals(F_OFD_GETLK), why="locks of a descriptor"),
+    AllowIf("fcntl", arg(1).equals(F_OFD_SETLK), why="locks of a descriptor"),
+    AllowIf("fcntl", arg(1).equals(F_OFD_SETLKW), why="locks of a descriptor"),
+    AllowIf("fcntl", arg(1).equals(F_GETPIPE_SZ), why="how much a pipe takes"),
+    AllowIf("fcntl", arg(1).equals(F_GET_SEALS), why="whether a memory file may change"),
+    Refuse("fcntl", EPERM, arg(1).equals(F_NOTIFY), why="tells who on the host uses the folders we share: dnotify"),
+    Refuse("fcntl", EPERM, arg(1).equals(F_SETLEASE), why="holds up whoever opens a shared file for writing"),
+    Refuse("fcntl", EPERM, arg(1).equals(F_SETOWN), why="signals past the rule on pid 1"),
+    Refuse("fcntl", EPERM, arg(1).equals(F_SETOWN_EX), why="the same by its newer form"),
+    Refuse("fcntl", EPERM, arg(1).equals(F_SETSIG), why="which signal that would be"),
+    Refuse("fcntl", EPERM, arg(1).equals(F_SETPIPE_SZ), why="stdout's pipe counts against the server's user, pipe(7)"),
+    Refuse("fcntl", EINVAL, why="the kernel's own answer to what it does not know"),
     AllowIf("ioctl", arg(1).equals(TCGETS), why="isatty"),
     AllowIf("ioctl", arg(1).equals(TCGETS2), why="isatty of newer libcs"),
     AllowIf("ioctl", arg(1).equals(TIOCGWINSZ), why="shutil.get_terminal_size"),

@@ -57,16 +57,14 @@ ETC_TEXTS = {
 }
 COPY_BYTES = 1 << 20
 
-MASKED = tuple(
-    """
-    acpi asound bus cmdline config.gz diskstats driver dynamic_debug interrupts iomem ioports irq kallsyms kcore
-    key-users keys kmsg kpagecgroup kpagecount kpageflags latency_stats locks modules partitions pressure sched_debug
-    schedstat scsi slabinfo softirqs swaps sysrq-trigger sysvipc timer_list timer_stats tty vmallocinfo vmstat
-    sys/kernel/random/boot_id sys/kernel/core_pattern sys/fs sys/dev sys/debug
+SHOWN = """
+    buddyinfo consoles cpuinfo crypto devices dma execdomains fb filesystems loadavg mdstat meminfo misc mounts mtrr net
+    self stat sys thread-self uptime version zoneinfo
     """.split()
-)
-"""Below /proc: what tells of the host or of other jobs. meminfo, stat, cpuinfo, version, loadavg, uptime and
-filesystems stay: free, top, node's os.cpus() and the JVM read them, and system calls tell them too."""
+"""What stays at the top of /proc, beside processes: free, top, node's os.cpus() and the JVM read it and system calls
+tell it too, or it tells nothing of host and jobs. All else is masked: the next kernel may have more of it."""
+MASKED = "sys/kernel/random/boot_id sys/kernel/core_pattern sys/fs sys/dev sys/debug".split()
+"""What is masked further down."""
 
 
 class Sources(NamedTuple):
@@ -271,12 +269,13 @@ def mount_proc(masked: list[tuple[str, bool]]) -> int:
 
 
 def find_masked() -> list[tuple[str, bool]]:
-    """Those of MASKED that others than root may read here, and whether each is a folder. Called once, in the zygote.
+    """What is to be masked and others than root may read here, and whether it is a folder. Called once, in the zygote.
 
     Each is a mount in every sandbox (15 µs, with its end), so what tells nothing of host or jobs is not in the list.
     """
     found = []
-    for name in MASKED:
+    top = (name for name in sorted(os.listdir("/proc")) if not name.isdigit() and name not in SHOWN)
+    for name in (*top, *MASKED):
         path = f"/proc/{name}"
         try:
             mode = os.stat(path).st_mode

@@ -108,7 +108,6 @@ class SpawnerClient:
         self.loop = loop or asyncio.get_running_loop()
         self._ticket = 0
         self._sandboxes: dict[int, Sandbox] = {}
-        self._null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._facts: asyncio.Future[SpawnerFacts] = self.loop.create_future()
         self._environments: list[str] = []
         self.lost = True
@@ -135,7 +134,6 @@ class SpawnerClient:
 
     def close(self) -> None:
         self._detach()
-        os.close(self._null)
 
     def start(self, order: Order) -> Sandbox:
         """Hand a job over. Raises: Overloaded while the spawner is being replaced or cannot take more."""
@@ -158,13 +156,17 @@ class SpawnerClient:
         try:
             for _ in range(3):
                 reader, writer = os.pipe2(os.O_CLOEXEC)
+                os.fchmod(writer, 0o622)  # so that `> /dev/stderr` opens it again, which is another user's
                 os.set_blocking(reader, False)
                 ours.append(reader)
                 theirs.append(writer)
             spec = os.memfd_create("spec", os.MFD_CLOEXEC)
             theirs.append(spec)
             os.write(spec, order.spec)
-            stdin = self._null if order.stdin_fd is None else order.stdin_fd
+            stdin = order.stdin_fd
+            if stdin is None:  # opened anew each time: flags set on a shared one would be a channel between jobs
+                stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+                theirs.append(stdin)
             descriptors = [spec, order.archive_fd, stdin, *theirs[:3]]
             protocol.send(self._connection, start.encode(), descriptors)
         except BaseException as error:
