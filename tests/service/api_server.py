@@ -29,8 +29,14 @@ class Listening:
     server: main.Server
     security: list[Event] = field(default_factory=list)
 
-    async def connect(self, address: str = "127.0.0.1") -> Connection:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(address, 0))
+    async def connect(self, address: str = "127.0.0.1", *, receive_buffer: int | None = None) -> Connection:
+        raw = socket.socket()
+        if receive_buffer is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.bind((address, 0))
+        raw.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", self.port))
+        reader, writer = await asyncio.open_connection(sock=raw, limit=2 << 20)
         return Connection(reader, writer)
 
     async def exchange(self, *pieces: bytes, pause: float = 0.0) -> Reply:
