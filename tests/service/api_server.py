@@ -36,7 +36,7 @@ class Listening:
         raw.bind((address, 0))
         raw.setblocking(False)
         await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", self.port))
-        reader, writer = await asyncio.open_connection(sock=raw, limit=2 << 20)
+        reader, writer = await asyncio.open_connection(sock=raw)
         return Connection(reader, writer)
 
     async def exchange(self, *pieces: bytes, pause: float = 0.0) -> Reply:

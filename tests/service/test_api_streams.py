@@ -163,7 +163,7 @@ async def test_reader_that_stands_still_holds_up_nobody() -> None:
                 sandbox.end()
                 await reader
                 assert joined(lines) == b"y" * (9 * MIB)
-                await api.until(lambda: len(api.served.registry) == 0)
+                await api.until(lambda: len(api.served.registry) <= 1)  # the one that submitted
 
 
 async def test_hundred_readers_all_get_everything(api: World) -> None:
