@@ -124,7 +124,7 @@ def test_limits_can_be_lowered_and_raised(box):
 
 
 def test_limit_that_the_kernel_did_not_take_as_written_is_an_error(box):
-    with pytest.raises(OSError, match="wrote 18446744073776660480, reads (67108864|max)") as caught:
+    with pytest.raises(OSError, match=r"wrote 18446744073776660480, reads (67108864|max)") as caught:
         box.set_limits((1 << 64) + 64 * MB, 10)
     assert caught.value.errno == errno.ERANGE
 
@@ -478,6 +478,20 @@ def test_leftovers_of_a_killed_server_are_ended_and_removed_those_of_a_living_on
         except (ProcessLookupError, ChildProcessError):
             pass
         module.remove_leftovers(found)
+
+
+@pytest.mark.requirement(34)
+def test_leftovers_in_the_cgroup_of_another_session_are_found(cgroups):
+    for tree in cgroups.hierarchy.trees:
+        session = Path(tree.mount, f"session-{os.getpid()}")
+        left = session / "below/sandrun-1/z0/j1"
+        left.mkdir(parents=True)
+        try:
+            cgroups.remove_leftovers()
+            assert not (session / "below/sandrun-1").exists()
+            assert (session / "below").is_dir()
+        finally:
+            end_trees([(tree, str(session))])
 
 
 def test_other_directories_are_never_taken_for_leftovers(cgroups):

@@ -229,30 +229,46 @@ def enable_below(hierarchy: Hierarchy, below: str) -> None:
 
 
 def remove_leftovers(hierarchy: Hierarchy) -> int:
-    """Kill what is in the trees of dead servers next to ours, and remove these trees.
+    """Kill what is in the trees of our user's dead servers, and remove these trees.
 
-    A tree whose directory somebody holds a flock(2) on is in use.
+    They are looked for everywhere, as the dead server may have been started in another session. A tree whose directory
+    somebody holds a flock(2) on is in use.
     Returns: how many servers' trees are gone. Raises: OSError EBUSY if something survives SIGKILL.
     """
     found: dict[str, list[tuple[Tree, str]]] = {}
     locks: list[int] = []
     try:
         for tree in hierarchy.trees:
-            for name in _directories(tree.base):
-                if _LEFTOVER.fullmatch(name) is None:
-                    continue
+            for path in _servers(tree.mount):
                 try:
-                    locks.append(os.open(f"{tree.base}/{name}", DIRECTORY))
+                    locks.append(os.open(path, DIRECTORY))
+                    if os.fstat(locks[-1]).st_uid != os.geteuid():
+                        continue
                     fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, FileNotFoundError, PermissionError):
                     continue  # its owner lives, or just removed it, or it is another user's
-                found.setdefault(name, []).append((tree, f"{tree.base}/{name}"))
+                found.setdefault(os.path.basename(path), []).append((tree, path))
         for places in found.values():
             end_trees(places)
     finally:
         for lock in locks:
             os.close(lock)
     return len(found)
+
+
+def _servers(mount: str) -> list[str]:
+    """The directories of all servers, dead or alive, in a hierarchy."""
+    found: list[str] = []
+    todo = [mount]
+    while todo:
+        directory = todo.pop()
+        try:
+            names = _directories(directory)
+        except OSError:  # removed meanwhile, or not ours to look into
+            continue
+        for name in names:
+            (found if _LEFTOVER.fullmatch(name) else todo).append(f"{directory.rstrip('/')}/{name}")
+    return found
 
 
 def end_trees(places: list[tuple[Tree, str]], timeout: float = 2.0) -> None:
