@@ -304,7 +304,10 @@ class Box:
         if self.cgroup is not None:
             self.cgroup.kill()
         if self.pidfd >= 0:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # dead and reaped by the zygote already; its pidfd says so in a moment
 
     # ---- the end -------------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ PARKED_BYTES = 3 << 20
 MOST_PARKED = 64
 REFILL_SECONDS = 0.001
 """Between two builds for the pool: what is asked for goes first."""
+REST_SECONDS = 1.0
+"""After a build that failed with nobody waiting for it: what it lacked may come back, and a loop would take a core."""
 ACTIVITY_SECONDS = 0.2
 """Between two looks at which jobs use CPU."""
 FIRST_SLOT, SLOTS = 1, 16384
@@ -109,6 +111,7 @@ class Tenant:
         self.starts: deque[float] = deque()
         self.deadline: Timer | None = None
         self.refill: Timer | None = None
+        self.rests_until = 0.0
 
     @property
     def shared_uid(self) -> bool:
@@ -478,7 +481,8 @@ class Server:
 
     def _refill_soon(self, tenant: Tenant) -> None:
         if tenant.refill is None:
-            tenant.refill = self.at(time.monotonic() + REFILL_SECONDS, lambda: self._refill(tenant))
+            when = max(time.monotonic() + REFILL_SECONDS, tenant.rests_until)
+            tenant.refill = self.at(when, lambda: self._refill(tenant))
 
     def _build(self, tenant: Tenant, memory_bytes: int) -> None:
         """Start building a sandbox; it calls `parked`, or fails the job that has waited longest."""
@@ -544,6 +548,10 @@ class Server:
             del self.waiting[waiting.start.ticket]
             protocol.close_all(waiting.descriptors)
             self._refuse(waiting.start, failure, waiting.done)
+        else:
+            step, _, details = messages.read_failure(failure)
+            self.log(f"environment {tenant.name or 'bare'}: a sandbox could not be built: {step}: {details}")
+            tenant.rests_until = time.monotonic() + REST_SECONDS
 
     def _forget(self, waiting: Waiting) -> None:
         """Cancelled before it had a sandbox."""
