@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NoReturn
 
+from sandrun.bounds import ARCHIVE_BYTES as ARCHIVE_BYTES
+from sandrun.bounds import ARCHIVE_MEMBERS as ARCHIVE_MEMBERS
+from sandrun.bounds import COMPONENT_BYTES as COMPONENT_BYTES
+from sandrun.bounds import PATH_BYTES as PATH_BYTES
 from sandrun.errors import InvalidInput
 
 MIB = 1 << 20
 
 MANIFEST_BYTES = 1 * MIB
 MANIFEST_DEPTH = 20
-ARCHIVE_MEMBERS = 1000
-ARCHIVE_BYTES = 100 * MIB
-"""The most an archive may hold, packed and, counted apart, unpacked (the customer's 100 MB are MiB)."""
 LOG_BYTES = 10 * MIB
 """What is kept of each of a job's two streams."""
 SPARE_MEMORY_BYTES = 32 * MIB
@@ -31,9 +32,6 @@ STRING_BYTES = 128 * 1024
 """The most one argument or variable may have: MAX_ARG_STRLEN of execve(2)."""
 STRINGS_BYTES = 1 * MIB
 """The most all arguments and variables may have together: below the kernel's quarter of the stack limit."""
-PATH_BYTES = 4000
-"""The most a path below the work directory may have: with that before it, less than PATH_MAX."""
-COMPONENT_BYTES = 255
 OUTPUT_PATTERNS = 256
 OUTPUT_PATTERNS_BYTES = 16 * 1024
 """The most all globs may have together; each is compiled for the job."""

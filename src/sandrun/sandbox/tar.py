@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator
 from struct import Struct
 
+from sandrun.bounds import ARCHIVE_BYTES, ARCHIVE_MEMBERS, COMPONENT_BYTES, PATH_BYTES
 from sandrun.errors import InvalidInput
-from sandrun.model import ARCHIVE_BYTES, ARCHIVE_MEMBERS, COMPONENT_BYTES, PATH_BYTES
 
 FILE = "file"
 DIRECTORY = "directory"

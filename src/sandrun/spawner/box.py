@@ -25,6 +25,7 @@ SETUP_SECONDS = 30.0
 END_SECONDS = 0.4
 """How long init may take to end its job before the whole cgroup is killed."""
 COLLECT_SECONDS = 60.0
+OOM_LOOKS, OOM_LOOK_SECONDS = 5, 0.004
 QUIET_USEC = 1000
 """A job that used less CPU between two looks sleeps, as far as the queue is concerned."""
 SPARE_BYTES = 32 << 20
@@ -166,10 +167,15 @@ class Box:
                     self._close(end)
         self.bury()
 
-    def on_oom(self) -> None:
+    def on_oom(self, looks: int = OOM_LOOKS) -> None:
+        """The notice may come before the count shows the kill, and v2 gives it for plain reclaim too: look again."""
+        if self.dead or self.reason is not None or self.exited is not None:
+            return
         self._count_oom()
-        if self.reason is None and self._oom_kills:
+        if self._oom_kills:
             self.end(MEMORY_LIMIT)
+        elif looks:
+            self.server.at(time.monotonic() + OOM_LOOK_SECONDS, lambda: self.on_oom(looks - 1))
 
     def on_setup_deadline(self) -> None:
         self.fail(messages.failure("set-up", TimeoutError(f"not done after {SETUP_SECONDS:.0f} s")))

@@ -24,7 +24,7 @@ IDS = 65536
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
-    "__init__ errors model "
+    "__init__ bounds errors "
     "linux/__init__ linux/libc linux/process linux/mounts linux/capabilities linux/seccomp linux/landlock "
     "sandbox/__init__ sandbox/spec sandbox/messages sandbox/steps sandbox/rootfs sandbox/report sandbox/script "
     "sandbox/unpack sandbox/tar sandbox/collect sandbox/job sandbox/init "
@@ -207,7 +207,7 @@ def _become(
             "OPENBLAS_NUM_THREADS": "1",  # a zygote with threads can neither fork safely nor unshare
             "OMP_NUM_THREADS": "1",
         }
-        os.execve(recipe.python, [recipe.python, script.MARKER], environment)
+        os.execve(recipe.python, [recipe.python, "-m", script.MARKER], environment)
     except BaseException as error:
         _give_up(connection, step, error)
 
