@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import tempfile
 import time
@@ -98,13 +99,30 @@ def test_change_within_the_clock_tick_of_unpacking_is_seen(work: Path):
     assert missed == 0
 
 
-def test_change_of_a_large_file_within_the_tick_is_seen(work: Path):
-    (work / "a").write_bytes(bytes(2_000_000))
+def test_other_content_behind_the_same_time_stamp_is_seen(work: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same on a kernel before 6.13, which has no finer time stamps for files that were looked at."""
+    monkeypatch.setattr("sandrun.sandbox.collect.time.clock_gettime_ns", lambda clock: 0)
+    (work / "a").write_bytes(b"12345")
+    (work / "b").write_bytes(b"12345")
     before = snapshot(str(work))
-    fd = os.open(work / "a", os.O_WRONLY)
-    os.write(fd, b"x")
-    os.close(fd)
-    assert set(collected(work, None, before)[0]) == {"a"}
+    former = (work / "a").stat()
+    with open(work / "a", "r+b") as f:
+        f.write(b"1x345")
+    now = (work / "a").stat()
+    before = before.replace(struct.pack("<Q", former.st_ctime_ns), struct.pack("<Q", now.st_ctime_ns))
+    files, _ = collected(work, None, before)
+    assert files.get("a") == b"1x345"
+
+
+def test_snapshot_waits_for_the_next_tick_where_there_is_too_much_to_compare(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (work / "a").write_bytes(bytes(2_000_000))
+    changed = (work / "a").stat().st_ctime_ns
+    clock = iter([changed, changed, changed, changed + 1])
+    monkeypatch.setattr("sandrun.sandbox.collect.time.clock_gettime_ns", lambda number: next(clock))
+    snapshot(str(work))
+    assert next(clock, None) is None
 
 
 def test_snapshot_does_not_wait_long_for_a_clock_set_back(work: Path, monkeypatch: pytest.MonkeyPatch):
