@@ -82,9 +82,11 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(*, bounds: Bounds | None = None, interval: float = 0.05, **config: Any) -> AsyncIterator[World]:
-    """One place on the host, unless `config` (of the job service) says more; all descriptors are given back."""
-    spawner = SpawnerDouble()
+async def world(
+    *, bounds: Bounds | None = None, interval: float = 0.05, spawner: SpawnerDouble | None = None, **config: Any
+) -> AsyncIterator[World]:
+    """A server for the time of the block, with room for a few jobs; `config` is of the job service."""
+    spawner = spawner or SpawnerDouble()
     defaults = {"active_per_core": 4.0, "client_running_share": 1.0, "store_bytes": 400 * MIB}
     jobs = JobsConfig(**defaults | config)
     service = JobService(cast(SpawnerClient, spawner), jobs)
