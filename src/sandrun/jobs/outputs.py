@@ -41,9 +41,9 @@ class OutputsParser:
         self._files = 0
         self._promised = 0
         self._shown: set[str] = set()
+        self._size = 0  # what was promised of the file that is being read
         self._path: str | None = None  # None between files
         self._content = bytearray()
-        self._filled = 0
         self._digest = hashlib.sha256()
 
     def feed(self, piece: bytes) -> Iterator[tuple[OutputFile, bytearray]]:
@@ -60,8 +60,7 @@ class OutputsParser:
                 taken = rest[: self._data_left]
                 rest = rest[len(taken) :]
                 self._data_left -= len(taken)
-                self._content[self._filled : self._filled + len(taken)] = taken
-                self._filled += len(taken)
+                self._content += taken  # it grows with what comes: a promised size costs nobody anything
                 self._digest.update(taken)
                 continue
             taken = rest[: self._needed - len(self._frame)]
@@ -78,7 +77,7 @@ class OutputsParser:
             if kind == BEGIN:
                 self._begin(bytes(self._frame[FRAME.size :]))
             elif kind == DATA:
-                if self._path is None or not 0 < length <= min(PIECE_BYTES, len(self._content) - self._filled):
+                if self._path is None or not 0 < length <= min(PIECE_BYTES, self._size - len(self._content)):
                     raise ProtocolError("outputs: content that no file has room for")
                 self._data_left = length
             elif kind == END:
@@ -108,13 +107,13 @@ class OutputsParser:
         if b"\0" in path or any(part in (b"", b".", b"..") for part in path.split(b"/")):
             raise ProtocolError("outputs: a path that is not one")
         self._path = path.decode("utf-8", "backslashreplace")
-        self._content = bytearray(size)
-        self._filled = 0
+        self._content = bytearray()
+        self._size = size
         self._digest = hashlib.sha256()
 
     def _complete(self) -> Iterator[tuple[OutputFile, bytearray]]:
         path, content = self._path, self._content
-        if path is None or self._filled != len(content):
+        if path is None or self._size != len(content):
             raise ProtocolError("outputs: a file is complete before all of it has come")
         self._path, self._content = None, bytearray()
         if path in self._shown:

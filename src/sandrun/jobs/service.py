@@ -254,6 +254,8 @@ class JobService:
     def _refuse_missing(self, manifest: Manifest) -> None:
         """Interpreters and environments are this server's own: a manifest may be right elsewhere and wrong here."""
         facts = self.facts
+        if manifest.cpu_seconds is not None and "cpu" in facts.isolation.get("waived", ()):
+            raise InvalidInput("cpu_seconds", "this server cannot measure CPU time (cpu is waived); leave it out")
         available = [name for name, fact in facts.interpreters.items() if fact.get("available", True)]
         if manifest.interpreter not in available and manifest.interpreter != "executable":
             names = ", ".join(sorted(available))

@@ -85,7 +85,7 @@ def _cgroups() -> list[Finding]:
             findings.append(Finding(layer, False, f"no {layer} controller ({found.mode} cgroups)", DELEGATE))
             continue
         tree = found.trees[index]
-        good = os.access(tree.base, os.W_OK)
+        good = os.access(tree.base, os.W_OK) and hierarchy.undelegated(found) != tree.base
         details = f"cgroup v{tree.version} at {tree.base}" + ("" if good else ": not delegated to this user")
         findings.append(Finding(layer, good, details, f"{DELEGATE}, {WAIVE} cgroup"))
     return findings

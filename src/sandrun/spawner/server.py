@@ -688,8 +688,12 @@ def run(connection: socket.socket, settings: Settings) -> int:
     try:
         Server(connection, settings).run()
     except SandrunError as error:
-        step = error.step if isinstance(error, SetupError) else getattr(error, "layer", "spawner")
-        failure = f"{step}\0{getattr(error, 'errno', 0)}\0{error}".encode(errors="replace")
+        step, number, text = "spawner", 0, str(error)
+        if isinstance(error, SetupError):
+            step, number, text = error.step, error.errno, error.details
+        elif isinstance(error, MissingLayer):
+            step, text = error.layer, f"{error.details}. {error.fix}"
+        failure = f"{step}\0{number}\0{text}".encode(errors="replace")
         connection.setblocking(True)
         protocol.send(connection, protocol.UNFIT + failure[: protocol.FACTS_BYTES - 1])
         return 1
