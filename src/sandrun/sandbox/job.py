@@ -89,6 +89,8 @@ def _environment(spec: Spec, wishes: dict[str, Any]) -> dict[str, str]:
         "HOME": rootfs.WORK,
         "TMPDIR": "/tmp",
         "LANG": "C.UTF-8",
+        "XDG_CACHE_HOME": "/tmp/.cache",  # not below HOME, where it would be among the outputs
+        "XDG_CONFIG_HOME": "/tmp/.config",
         "USER": "sandbox",
         "LOGNAME": "sandbox",
     }
@@ -135,6 +137,8 @@ def be_collector(spec: Spec, wishes_file: int, outputs_to: int) -> NoReturn:
         before = _read_all(spec.snapshot)
         collect.collect(rootfs.WORK, None if outputs is None else tuple(outputs), before, outputs_to)
         status = 0
+    except BrokenPipeError:
+        status = 0  # nobody wants them any more
     except StepFailed as error:
         _give_up(spec.control, f"collector: {error.step}", error.__cause__ or error)
     except BaseException as error:

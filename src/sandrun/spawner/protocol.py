@@ -92,6 +92,11 @@ FROM_SPAWNER_BYTES = FACTS_BYTES
 START_DESCRIPTORS = 6
 """spec, archive, stdin (to read), stdout, stderr, outputs (to write)."""
 
+MOST_PROCESSES = 100
+LEAST_MEMORY_BYTES, MOST_MEMORY_BYTES = 64 << 20, 2048 << 20
+MOST_MS = 3600 * 1000
+"""The bounds of the manifest's schema, see docs/api.md."""
+
 UNKNOWN = -1
 """A usage that this host cannot measure."""
 
@@ -117,7 +122,14 @@ class Start(NamedTuple):
     @classmethod
     def decode(cls, message: bytes) -> Start:
         _, environment, processes, collect, ticket, tag, memory, wall, cpu = unpack(_START, message)
-        if not 1 <= processes <= 4096 or not 1 << 20 <= memory <= 1 << 40 or not wall >= 1 or collect > 1:
+        good = (
+            1 <= processes <= MOST_PROCESSES
+            and LEAST_MEMORY_BYTES <= memory <= MOST_MEMORY_BYTES
+            and 1 <= wall <= MOST_MS
+            and cpu <= MOST_MS
+            and collect <= 1
+        )
+        if not good:  # api has checked this: one that asks for more is not ours any more
             raise ProtocolError("START has a field out of range")
         return cls(environment, processes, bool(collect), ticket, tag, memory, wall, cpu)
 

@@ -170,13 +170,24 @@ class Server:
         """Wait for something to happen, and see to it."""
         while self.timers and (self.timers[0].call is None or self.timers[0].when <= time.monotonic()):
             if (call := heapq.heappop(self.timers).call) is not None:
-                call()
+                self._call(call)
         wait = max(0.0, self.timers[0].when - time.monotonic()) if self.timers else -1
         events = [(descriptor, self.handlers.get(descriptor)) for descriptor, _ in self.epoll.poll(wait)]
         for descriptor, handler in events:
             # a handler before this one may have closed the descriptor, and another taken its number
             if handler is not None and self.handlers.get(descriptor) is handler:
-                handler()
+                self._call(handler)
+
+    def _call(self, handler: Callable[[], None]) -> None:
+        """What the kernel refuses one sandbox ends that one, not the others. Other exceptions are mistakes of ours."""
+        try:
+            handler()
+        except OSError as error:
+            box = getattr(handler, "__self__", None)
+            if not isinstance(box, Box) or box.failed:
+                raise
+            self.log(f"slot {box.slot}: {error}")
+            box.fail(messages.failure("spawner", error))
 
     def log(self, text: str) -> None:
         print(f"sandrun spawner: {text}", file=sys.stderr, flush=True)
@@ -429,6 +440,10 @@ class Server:
         if tenant.withdrawn:
             protocol.close_all(descriptors)
             self._refuse(start, tenant.withdrawn.encode(), done)
+            return
+        if len(self.waiting) + len(self.boxes) >= SLOTS // 2:
+            protocol.close_all(descriptors)
+            self._refuse(start, messages.failure("spawner", OSError(11, "too many sandboxes")), done)
             return
         tenant.starts.append(time.monotonic())
         waiting = Waiting(start, descriptors, done)
