@@ -144,6 +144,9 @@ class _Closing:
         return False
 
 
+FAREWELL_SECONDS = 0.5
+"""How long an idle connection may take to close when the server stops."""
+
 _KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # 16 bytes, RFC 6455 4.1
 _ABSOLUTE = re.compile(rb"https?://([^/?#]+)", re.IGNORECASE)
 
@@ -202,6 +205,11 @@ class Guard(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.registry.remove(self)
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():  # TLS would wait for the other side to say good-bye
+            self.loop.call_later(FAREWELL_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
