@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sandrun.errors import ProtocolError
@@ -18,7 +17,9 @@ from sandrun.sandbox import messages, report
 from sandrun.spawner import protocol
 
 if TYPE_CHECKING:
-    from sandrun.spawner.server import Server, Tenant, Timer
+    from sandrun.spawner.loop import Timer
+    from sandrun.spawner.server import Server
+    from sandrun.spawner.tenant import Done, Tenant
 
 SETUP_SECONDS = 30.0
 """For building the walls and unpacking."""
@@ -39,8 +40,8 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred, unix(7)
 class Box:
     """A sandbox: built by the server, parked when its walls stand, given one job, and never used again.
 
-    It tells `server.parked` when it can take a job, `server.ended` what became of that, and `server.finished` when
-    nothing of it is left.
+    It tells `tenant.parked` when it can take a job, `done` what became of that, and `tenant.finished` when nothing of
+    it is left.
 
     Attributes:
         memory_bytes: what its tmpfs was made for; `storage` is its mount as long as that can still be changed, or -1.
@@ -59,7 +60,7 @@ class Box:
         self.cgroup = cgroup
         self.storage = storage
         self.start: protocol.Start | None = None
-        self.done: Callable[[protocol.Ended], None] | None = None
+        self.done: Done | None = None
         self.pidfd = -1
         self.oom = -1
         self.reason: int | None = None
@@ -80,9 +81,9 @@ class Box:
         self.theirs = (init_end, job_end)
         for end, handler in ((control, self.on_control), (gate, self.on_gate)):
             end.setblocking(False)
-            server.watch(end.fileno(), handler)
+            server.loop.watch(end.fileno(), handler)
             self.ours.append(end)
-        self.timer: Timer | None = server.at(time.monotonic() + SETUP_SECONDS, self.on_setup_deadline)
+        self.timer: Timer | None = server.loop.after(SETUP_SECONDS, self.on_setup_deadline)
         self.cpu_timer: Timer | None = None
 
     @property
@@ -118,9 +119,9 @@ class Box:
             except OSError as error:
                 self.fail(messages.failure("verify from the host", error))
                 return
-            self.server.drop(self.timer)
+            self.server.loop.drop(self.timer)
             self.timer = None
-            self.server.parked(self)
+            self.tenant.parked(self)
         elif kind == messages.RUNNING and self.start is not None and not self.started:
             self._run()
         else:
@@ -148,7 +149,7 @@ class Box:
             self.ended = time.monotonic()
             self._stop_timers()
             self._count_oom()
-            self.timer = self.server.at(self.ended + COLLECT_SECONDS, self.kill)
+            self.timer = self.server.loop.at(self.ended + COLLECT_SECONDS, self.kill)
         elif kind == messages.DONE and self.exited is not None:
             self._tell()  # init has reaped every process but itself: what is left to do can wait for the answer
         else:
@@ -156,7 +157,7 @@ class Box:
 
     def on_pidfd(self) -> None:
         """Init is dead, and with PID 1 every process of the namespace, pid_namespaces(7)."""
-        self.server.unwatch(self.pidfd)
+        self.server.loop.unwatch(self.pidfd)
         os.close(self.pidfd)
         self.pidfd = -1
         for end in (self.gate, self.control):  # what they said last is still to be read
@@ -175,7 +176,7 @@ class Box:
         if self._oom_kills:
             self.end(MEMORY_LIMIT)
         elif looks:
-            self.server.at(time.monotonic() + OOM_LOOK_SECONDS, lambda: self.on_oom(looks - 1))
+            self.server.loop.after(OOM_LOOK_SECONDS, lambda: self.on_oom(looks - 1))
 
     def on_setup_deadline(self) -> None:
         self.fail(messages.failure("set-up", TimeoutError(f"not done after {SETUP_SECONDS:.0f} s")))
@@ -204,13 +205,13 @@ class Box:
             self.end(CPU_LIMIT)
             return
         wait = max(left / self.server.cores, CPU_CHECK_SECONDS)
-        self.cpu_timer = self.server.at(time.monotonic() + wait, self.on_cpu_check)
+        self.cpu_timer = self.server.loop.after(wait, self.on_cpu_check)
 
     # ---- what is done --------------------------------------------------------------------------------------
 
     def spawned(self, pidfd: int) -> None:
         self.pidfd = pidfd
-        self.server.watch(pidfd, self.on_pidfd)
+        self.server.loop.watch(pidfd, self.on_pidfd)
         if self.failed:
             self.kill()
 
@@ -220,30 +221,28 @@ class Box:
         found = report.read_status(folder)
         found["namespaces"] = report.read_namespaces(folder)
         tenant = self.tenant
-        for outer in (self.server.namespaces, tenant.namespaces):
+        for outer in (self.server.walls.outer, tenant.namespaces):
             report.verify_outside(
                 found,
                 outer=outer,
-                flags=self.server.namespace_flags,
+                flags=self.server.walls.namespaces,
                 uid=tenant.host_id(self.slot),
-                sandboxed=bool(self.server.policy),
+                sandboxed=bool(self.server.walls.filter),
                 shared_uid=tenant.shared_uid,
             )
         found["uid_kind"] = "shared" if tenant.shared_uid else "own"
-        found["filter"] = self.server.policy
-        found["waived"] = sorted(self.server.waived)
-        found["swap_closed"] = self.server.swap_closed
+        found["filter"] = self.server.walls.filter
+        found["waived"] = sorted(self.server.walls.waived)
+        found["swap_closed"] = self.server.walls.swap_closed
         self.seen = found
 
-    def assign(
-        self, start: protocol.Start, descriptors: list[int], done: Callable[[protocol.Ended], None] | None
-    ) -> None:
+    def assign(self, start: protocol.Start, descriptors: list[int], done: Done) -> None:
         """Give this sandbox its one job: limits first, read back, then what the client sent, unread.
 
         `descriptors`: wishes, archive, stdin, stdout, stderr, outputs; they stay the caller's.
         """
         self.start, self.done = start, done
-        self.timer = self.server.at(time.monotonic() + SETUP_SECONDS, self.on_setup_deadline)
+        self.timer = self.server.loop.after(SETUP_SECONDS, self.on_setup_deadline)
         step = "limits"
         try:
             if self.cgroup is not None:
@@ -270,11 +269,11 @@ class Box:
     def _run(self) -> None:
         assert self.start is not None
         self.started = time.monotonic()
-        self.server.drop(self.timer)
-        self.timer = self.server.at(self.started + self.start.wall_ms / 1000, self.on_wall_limit)
+        self.server.loop.drop(self.timer)
+        self.timer = self.server.loop.at(self.started + self.start.wall_ms / 1000, self.on_wall_limit)
         if self.start.cpu_ms:
             self.on_cpu_check()
-        self.server.tell_started(self)
+        self.server.tell_started(self.start)
 
     def watch_memory(self) -> None:
         """Raises: OSError if the kernel offers no notice of OOM kills."""
@@ -283,7 +282,7 @@ class Box:
         oom = self.cgroup.oom_fd()
         if oom is not None:
             self.oom = oom
-            self.server.watch(oom, self.on_oom, self.cgroup.oom_poll)
+            self.server.loop.watch(oom, self.on_oom, self.cgroup.oom_poll)
 
     def end(self, reason: int) -> None:
         """Have init end the job, collect, and report; if it does not, end everything."""
@@ -291,7 +290,7 @@ class Box:
             return
         self.reason = reason
         self._stop_timers()
-        self.timer = self.server.at(time.monotonic() + END_SECONDS, self.kill)
+        self.timer = self.server.loop.after(END_SECONDS, self.kill)
         try:
             self.control.send(messages.END)
         except OSError:
@@ -338,7 +337,7 @@ class Box:
         if not self.told:
             self._tell()
         if self.oom >= 0:
-            self.server.unwatch(self.oom)
+            self.server.loop.unwatch(self.oom)
             self.oom = -1
         for end in list(self.ours):
             self._close(end)
@@ -353,10 +352,10 @@ class Box:
                 self.cgroup.remove(timeout=0)
             except OSError:
                 if time.monotonic() < deadline:
-                    self.server.at(time.monotonic() + 0.001, lambda: self._remove(deadline))
+                    self.server.loop.after(0.001, lambda: self._remove(deadline))
                     return
                 self.server.log(f"cgroup of slot {self.slot} is still busy and is left behind")
-        self.server.finished(self)
+        self.tenant.finished(self)
 
     def _tell(self) -> None:
         """Read the meters and tell what became of the job, once."""
@@ -364,7 +363,9 @@ class Box:
         if self.start is None:
             return  # nobody's
         self.usage = self.cgroup.usage() if self.cgroup is not None else (None, None, None, None)
-        self.server.ended(self, self._verdict(self.start))
+        del self.server.tickets[self.start.ticket]
+        assert self.done is not None
+        self.done(self._verdict(self.start))
 
     def _verdict(self, start: protocol.Start) -> protocol.Ended:
         cpu, memory, _, tasks = self.usage
@@ -414,13 +415,13 @@ class Box:
     def _stop_timers(self) -> None:
         for timer in (self.timer, self.cpu_timer):
             if timer is not None:
-                self.server.drop(timer)
+                self.server.loop.drop(timer)
         self.timer = self.cpu_timer = None
 
     def _close(self, end: socket.socket) -> None:
         if end in self.ours:
             self.ours.remove(end)
-            self.server.unwatch(end.fileno())
+            self.server.loop.unwatch(end.fileno())
             end.close()
 
     @staticmethod

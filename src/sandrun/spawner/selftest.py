@@ -12,7 +12,8 @@ from sandrun.spawner import interpreters, nursery, protocol
 from sandrun.spawner.box import EXITED, SETUP_FAILED
 
 if TYPE_CHECKING:
-    from sandrun.spawner.server import Server, Tenant
+    from sandrun.spawner.server import Server
+    from sandrun.spawner.tenant import Tenant
 
 SECONDS = 20.0
 MEMORY_BYTES = 512 << 20
@@ -38,7 +39,7 @@ class SelfTests:
                 if not tenant.withdrawn and (name == "python3" or not tenant.name):
                     self._start(tenant, name, found)
         while self.running and not self.server.stopping:
-            self.server.turn()
+            self.server.loop.turn()
         for tenant in self.server.tenants:
             reason = self.reason("python3", tenant.name)
             if reason and not tenant.withdrawn:

@@ -1,0 +1,369 @@
+"""An environment, its zygote, its parked sandboxes, and the jobs that wait for one."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sandrun.environments import Environment, hold
+from sandrun.errors import ProtocolError, SetupError
+from sandrun.linux import cgroup, process
+from sandrun.sandbox import messages, report, rootfs
+from sandrun.spawner import nursery, protocol
+from sandrun.spawner.box import CANCELLED, SETUP_FAILED, SPARE_BYTES, WORKER_LOST, Box
+
+if TYPE_CHECKING:
+    from sandrun.spawner.loop import Timer
+    from sandrun.spawner.server import Server
+
+WARM_SECONDS = 60.0
+"""How long a zygote may take to load its modules."""
+RESTARTS = 3
+"""Zygotes of one environment that may die in RESTART_SECONDS before it is withdrawn."""
+RESTART_SECONDS = 30.0
+DEFAULT_MEMORY_BYTES = 512 << 20
+"""What sandboxes are built for before they are anybody's."""
+DEFAULT_PROCESSES = 100
+DEMAND_SECONDS = 2.0
+"""How far the count of starts looks back that the number of parked sandboxes follows."""
+REFILL_SECONDS = 0.001
+"""Between two builds for the pool: what is asked for goes first."""
+REST_SECONDS = 1.0
+"""After a build that failed with nobody waiting for it: what it lacked may come back, and a loop would take a core."""
+
+Done = Callable[[protocol.Ended], None]
+
+
+class Waiting(NamedTuple):
+    """A job that waits for its sandbox."""
+
+    start: protocol.Start
+    descriptors: list[int]
+    done: Done
+
+
+class Tenant:
+    """`withdrawn` is `step NUL errno NUL text` once no sandbox can be had here any more, else ""."""
+
+    def __init__(
+        self, server: Server, recipe: nursery.Recipe, group: cgroup.Group | None, environment: Environment | None
+    ) -> None:
+        self.server = server
+        self.name = recipe.name
+        self.title = recipe.name or "bare"
+        self.recipe = recipe
+        self.group = group
+        self.held = hold(environment) if environment is not None else -1  # removed or replaced, it stays for us
+        self.environment = environment
+        self.zygote: nursery.Zygote | None = None
+        self.warm = False
+        self.withdrawn = ""
+        self.facts: dict[str, Any] = {}
+        self.namespaces: dict[str, int] = {}
+        self.queue: dict[int, Waiting] = {}
+        self.boxes: dict[int, Box] = {}
+        self._building: set[Box] = set()
+        self._ready: deque[Box] = deque()
+        self._starts: deque[float] = deque()
+        self._deaths: list[float] = []
+        self._deadline: Timer | None = None
+        self._refill_timer: Timer | None = None
+        self._rests_until = 0.0
+
+    @property
+    def shared_uid(self) -> bool:
+        return self.recipe.uid_base is None
+
+    def ids(self, slot: int) -> tuple[int, int]:
+        """Init's and the job's id in the zygote's user namespace."""
+        return (0, 0) if self.shared_uid else (2 * slot, 2 * slot + 1)
+
+    def host_id(self, slot: int) -> int:
+        return os.geteuid() if self.recipe.uid_base is None else self.recipe.uid_base + self.ids(slot)[1]
+
+    def describe(self) -> dict[str, Any]:
+        """For FACTS."""
+        found: dict[str, Any] = {"available": not self.withdrawn}
+        if self.environment is not None:
+            found["packages"] = dict(self.environment.packages)
+            found["digest"] = self.environment.digest
+            found["created"] = self.environment.created
+        found.update({key: self.facts.get(key) for key in ("python", "in_place", "modules")})
+        if self.facts.get("reason"):
+            found["in_place_reason"] = self.facts["reason"]
+        if self.withdrawn:
+            step, _, details = messages.read_failure(self.withdrawn.encode())
+            found["reason"] = f"{step}: {details}"
+        return found
+
+    # ---- the zygote ----------------------------------------------------------------------------------------
+
+    def start_zygote(self) -> None:
+        loop = self.server.loop
+        try:
+            zygote = nursery.start(self.recipe, self.server.archive, self.group.own if self.group else None)
+        except SetupError as error:
+            self._withdraw(f"{error.step}\0{error.errno}\0{error.details}")
+            return
+        self.zygote = zygote
+        self.warm = False
+        zygote.connection.setblocking(False)
+        loop.watch(zygote.connection.fileno(), self._on_zygote)
+        loop.watch(zygote.pidfd, self._on_zygote_death)
+        self._deadline = loop.after(WARM_SECONDS, self._kill_zygote)
+
+    def end_zygote(self) -> None:
+        """With it goes all that is left of its sandboxes."""
+        if self.zygote is not None:
+            self._kill_zygote()
+            os.waitpid(self.zygote.pid, 0)
+
+    def _kill_zygote(self) -> None:
+        if self.zygote is not None:
+            signal.pidfd_send_signal(self.zygote.pidfd, signal.SIGKILL)
+
+    def _on_zygote(self) -> None:
+        zygote = self.zygote
+        if zygote is None:
+            return
+        try:
+            message, descriptors = protocol.receive(zygote.connection, protocol.FACTS_BYTES, 1)
+            try:
+                self._handle(zygote, message, descriptors)
+            finally:
+                protocol.close_all(descriptors)
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError, ValueError) as error:
+            self.server.log(f"zygote {self.title}: {error}")
+            self._kill_zygote()
+
+    def _handle(self, zygote: nursery.Zygote, message: bytes, descriptors: list[int]) -> None:
+        kind = message[:1]
+        if not message:
+            self.server.loop.unwatch(zygote.connection.fileno())  # its pidfd tells the rest
+        elif kind == protocol.WARM and not self.warm:
+            self.facts = json.loads(message[1:])
+            self.namespaces = report.read_namespaces(f"/proc/{zygote.pid}")
+            if self.server.walls.namespaces & process.CLONE_NEWCGROUP:
+                self.namespaces["cgroup"] = -1  # the host's; compared with that already
+            self.warm = True
+            self.server.loop.drop(self._deadline)
+            self._match()
+            self._refill_soon()
+        elif kind == protocol.SPAWNED and descriptors:
+            slot = protocol.decode_spawned(message)
+            box = self.boxes.get(slot)
+            if box is None or box.pidfd >= 0:
+                raise ProtocolError(f"SPAWNED for slot {slot}, which waits for none")
+            box.spawned(descriptors.pop())
+        elif kind == protocol.REFUSED:
+            slot, failure = protocol.decode_refused(message)
+            box = self.boxes.get(slot)
+            if box is not None:
+                box.failed = box.failed or failure
+                box.bury()
+            else:
+                self.facts = {"failure": failure.decode(errors="replace")}
+        else:
+            raise ProtocolError(f"unexpected message {kind!r}")
+
+    def _on_zygote_death(self) -> None:
+        """PID 1 of its namespace is dead, and with it all its sandboxes."""
+        zygote = self.zygote
+        if zygote is None:
+            return
+        self._on_zygote()  # what it said last
+        self.zygote = None
+        loop = self.server.loop
+        loop.unwatch(zygote.pidfd)
+        loop.unwatch(zygote.connection.fileno())
+        loop.drop(self._deadline)
+        zygote.connection.close()
+        os.close(zygote.pidfd)
+        _, status = os.waitpid(zygote.pid, 0)
+        for box in list(self.boxes.values()):
+            if box.exited is None and box.reason is None:
+                box.reason = WORKER_LOST
+            if box.pidfd < 0:
+                box.bury()
+        was_warm, self.warm = self.warm, False
+        if self.server.stopping:
+            return
+        now = time.monotonic()
+        self._deaths = [when for when in self._deaths if when > now - RESTART_SECONDS] + [now]
+        if not was_warm:
+            failure = str(self.facts.pop("failure", ""))
+            self._withdraw(failure or f"zygote\0000\0it died with status {status} while starting")
+        elif len(self._deaths) > RESTARTS:
+            self._withdraw(f"zygote\0000\0it died {len(self._deaths)} times in {RESTART_SECONDS:.0f} s")
+        else:
+            self.server.log(f"zygote {self.title} died (status {status}); starting another")
+            self.start_zygote()
+
+    def _withdraw(self, failure: str) -> None:
+        self.withdrawn = failure
+        step, _, details = messages.read_failure(failure.encode())
+        self.server.log(f"environment {self.title} is withdrawn: {step}: {details}")
+        while self.queue:
+            self._fail_oldest(failure.encode())
+
+    # ---- jobs and sandboxes --------------------------------------------------------------------------------
+
+    def take(self, start: protocol.Start, descriptors: list[int], done: Done) -> None:
+        """Give a job to a parked sandbox, or to the next that is built. Takes over `descriptors`."""
+        waiting = Waiting(start, descriptors, done)
+        if self.withdrawn:
+            end_unbuilt(waiting, SETUP_FAILED, self.withdrawn.encode())
+            return
+        self._starts.append(time.monotonic())
+        self.queue[start.ticket] = waiting
+        self._match()
+
+    def forget(self, ticket: int) -> None:
+        """Cancel a job that has no sandbox yet."""
+        waiting = self.queue.pop(ticket, None)
+        if waiting is not None:
+            end_unbuilt(waiting, CANCELLED, b"")
+
+    def parked(self, box: Box) -> None:
+        """Its walls stand, seen from both sides: it can take a job."""
+        self._building.discard(box)
+        self._ready.append(box)
+        self._match()
+
+    def finished(self, box: Box) -> None:
+        """Nothing of `box` is left: its slot, and with it its ids, may be another's."""
+        del self.boxes[box.slot]
+        self.server.gone(box)
+        if box in self._ready:
+            self._ready.remove(box)
+        if box in self._building:
+            self._building.discard(box)
+            self._fail_oldest(box.failed or b"start\0000\000it died while it was built")
+        self._refill_soon()
+
+    def _match(self) -> None:
+        """Bring waiting jobs and parked sandboxes together; build for those that are left."""
+        while self.queue:
+            waiting = next(iter(self.queue.values()))
+            box = next((box for box in self._ready if box.fits(waiting.start)), None)
+            if box is None:
+                break
+            self._ready.remove(box)
+            if box.parked:
+                del self.queue[waiting.start.ticket]
+                self.server.tickets[waiting.start.ticket] = box
+                box.assign(waiting.start, waiting.descriptors, waiting.done)
+                protocol.close_all(waiting.descriptors)
+        if self.warm:
+            for waiting in list(self.queue.values())[len(self._building) :]:
+                self._build(waiting.start.memory_bytes if self.shared_uid else DEFAULT_MEMORY_BYTES)
+
+    def _refill(self) -> None:
+        """Keep as many sandboxes parked as the last seconds would have liked to find, one build at a time."""
+        self._refill_timer = None
+        if self.server.stopping or not self.warm or self.withdrawn:
+            return
+        now = time.monotonic()
+        while self._starts and self._starts[0] < now - DEMAND_SECONDS:
+            self._starts.popleft()
+        floor = self.server.cores if not self.name else 1
+        wanted = min(self.server.most_parked, max(floor, len(self._starts) // 4))
+        have = len(self._ready) + len(self._building)
+        if have < wanted and not self.queue:
+            if not self._building:
+                self._build(DEFAULT_MEMORY_BYTES)
+            self._refill_soon()
+        elif have > wanted + floor and self._ready:
+            self._ready.popleft().kill()  # its end calls here again
+        elif have > floor:
+            self._refill_soon(DEMAND_SECONDS)
+
+    def _refill_soon(self, seconds: float = REFILL_SECONDS) -> None:
+        if self._refill_timer is None or seconds < DEMAND_SECONDS:
+            self.server.loop.drop(self._refill_timer)
+            when = max(time.monotonic() + seconds, self._rests_until)
+            self._refill_timer = self.server.loop.at(when, self._refill)
+
+    def _build(self, memory_bytes: int) -> None:
+        """Start building a sandbox; it calls `parked`, or fails the job that has waited longest."""
+        assert self.zygote is not None
+        server = self.server
+        slot = heapq.heappop(server.free)
+        step = "cgroup"
+        made: cgroup.Cgroup | None = None
+        box: Box | None = None
+        entries: list[int] = []
+        storage = -1
+        try:
+            flags = 0
+            shared: list[int] = []
+            if self.group is not None:
+                made = self.group.create(f"j{slot}")
+                step = "limits"
+                made.set_limits(memory_bytes, DEFAULT_PROCESSES + 1)
+                directory = made.directory_fd()
+                if directory is not None:
+                    shared.append(directory)
+                    flags |= protocol.HAS_CGROUP
+                entries = made.entry_fds()
+            step = "storage"
+            storage_bytes = memory_bytes - SPARE_BYTES
+            if not self.shared_uid:
+                owner = self.recipe.uid_base or 0
+                storage = rootfs.new_storage(storage_bytes, owner=owner, noswap=server.walls.noswap)
+                shared.insert(0, storage)
+                flags |= protocol.HAS_STORAGE
+            step = "sockets"
+            box = Box(server, self, slot, memory_bytes=memory_bytes, cgroup=made, storage=storage)
+            server.boxes[slot] = self.boxes[slot] = box
+            self._building.add(box)
+            step = "oom notice"
+            box.watch_memory()
+            step = "spawn"
+            spawn = protocol.Spawn(flags, len(entries), slot, *self.ids(slot), storage_bytes)
+            ends = [end.fileno() for end in box.theirs]
+            self.zygote.connection.setblocking(True)  # a full socket: the zygote is a moment behind
+            try:
+                protocol.send(self.zygote.connection, spawn.encode(), [*ends, *shared, *entries])
+            finally:
+                self.zygote.connection.setblocking(False)
+            box.close_theirs()
+        except OSError as error:
+            failure = messages.failure(step, error)
+            if box is not None:
+                box.failed = failure
+                box.bury()
+                return
+            if made is not None:
+                made.remove()
+            if storage >= 0:
+                os.close(storage)
+            heapq.heappush(server.free, slot)
+            self._fail_oldest(failure)
+        finally:
+            protocol.close_all(entries)
+
+    def _fail_oldest(self, failure: bytes) -> None:
+        """A sandbox could not be built: the job that it was for ends so, and nothing else is tried for it."""
+        if self.queue:
+            end_unbuilt(self.queue.pop(next(iter(self.queue))), SETUP_FAILED, failure)
+        else:
+            step, _, details = messages.read_failure(failure)
+            self.server.log(f"environment {self.title}: a sandbox could not be built: {step}: {details}")
+            self._rests_until = time.monotonic() + REST_SECONDS
+
+
+def end_unbuilt(waiting: Waiting, outcome: int, inside: bytes) -> None:
+    """Tell that a job is over before it had a sandbox. `inside` as in `protocol.Ended`."""
+    protocol.close_all(waiting.descriptors)
+    unknown = protocol.UNKNOWN
+    ticket = waiting.start.ticket
+    waiting.done(protocol.Ended(ticket, outcome, unknown, 0, 0, 0, unknown, unknown, unknown, b"", inside))

@@ -1,0 +1,100 @@
+"""What this host gives to every sandbox: filters, namespaces, Landlock, swap. Read once, when the spawner starts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sandrun.errors import MissingLayer
+from sandrun.linux import cgroup, landlock
+from sandrun.sandbox import policy, report, rootfs
+from sandrun.spawner import nursery
+
+LAYER_OF = {"mnt": "mount", "cgroup": "cgroupns"}
+"""Namespaces whose layer has another name than their file in /proc/PID/ns."""
+
+
+class Walls:
+    """Raises: MissingLayer for what cannot be had and is not waived.
+
+    Attributes:
+        filter: digest, number of calls and of instructions of the jobs' seccomp filter; empty if that is waived.
+        namespaces: CLONE_NEW* flags of what a sandbox unshares.
+        landlock: ABI, 0 for none.
+        noswap: tmpfs can be kept from swap by itself (Linux 6.4).
+        swap_closed: no page of a job's reaches a swap device.
+        uid_base: first host id, None with one uid.
+    """
+
+    def __init__(self, cgroups: cgroup.Cgroups, waived: frozenset[str], uid_base: int, environments: int) -> None:
+        self.waived = waived
+        self.cgroup_mode = cgroups.mode
+        self.swap_closed = cgroups.swap_closed() if cgroups.mode != "none" else not cgroup.swap_active()
+        if not self.swap_closed and "swap" not in waived:
+            raise MissingLayer("swap", "a job's memory could be swapped out to a disk", "swapoff -a, or use cgroup v2")
+        self.filter: dict[str, Any] = {}
+        self.job_filter = self.init_filter = b""
+        if "seccomp" not in waived:
+            jobs = policy.job_policy()
+            self.job_filter, self.init_filter = jobs.compile(), policy.init_policy().compile()
+            self.filter = {
+                "digest": jobs.digest,
+                "calls": jobs.count,
+                "instructions": len(self.job_filter) // 8,  # sizeof(struct sock_filter)
+            }
+        self.landlock = landlock.abi() if "landlock" not in waived else 0
+        self.namespaces = 0
+        for name, flag in report.NAMESPACE_FLAGS.items():
+            if LAYER_OF.get(name, name) not in waived or os.path.exists(f"/proc/self/ns/{name}"):
+                self.namespaces |= flag
+        self.outer = report.read_namespaces("/proc/self")
+        self.noswap = False
+        self.uid_base: int | None = None
+        if os.geteuid() == 0:
+            self.noswap = _takes_noswap()
+            with open("/proc/self/uid_map") as file:
+                self.uid_base = nursery.choose_uid_base(file.read(), uid_base, environments)
+        self.core_limit = 1 if _cores_are_piped() else 0
+
+    def describe(self) -> dict[str, Any]:
+        """For FACTS."""
+        return {
+            "cgroup": self.cgroup_mode,
+            "waived": sorted(self.waived),
+            "uid": "shared" if self.uid_base is None else "own",
+            "uid_base": self.uid_base,
+            "filter": self.filter,
+            "landlock": self.landlock,
+            "swap_closed": self.swap_closed,
+            "noswap": self.noswap,
+        }
+
+    def nest(self, interpreters: dict[str, list[str]], path: str, environment: str) -> dict[str, Any]:
+        """Keyword arguments of `sandbox.spec.Nest`, as they go to a zygote."""
+        return {
+            "job_filter": self.job_filter.hex(),
+            "init_filter": self.init_filter.hex(),
+            "landlock": self.landlock,
+            "namespaces": self.namespaces,
+            "shared_uid": self.uid_base is None,
+            "interpreters": interpreters,
+            "path": path,
+            "environment": environment,
+            "core_limit": self.core_limit,
+        }
+
+
+def _takes_noswap() -> bool:
+    try:
+        os.close(rootfs.new_storage(1 << 20, owner=0, noswap=True))
+    except OSError:
+        return False
+    return True
+
+
+def _cores_are_piped() -> bool:
+    try:
+        with open("/proc/sys/kernel/core_pattern") as file:
+            return file.read().startswith("|")
+    except OSError:
+        return True
