@@ -32,7 +32,7 @@ from sandrun.linux import process
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import host  # noqa: E402
+from tests import host, packages  # noqa: E402
 
 RESULTS = ROOT / ".test-results"
 ALL_SECONDS = 25 * 60
@@ -257,7 +257,8 @@ def vm(extra: list[str], seconds: float) -> int:
         tree, out = Path(name) / "tree", Path(name) / "out"
         copy_tree(tree, venv=False)
         (tree / "tests/vm/requirements").write_text("\n".join(tools) + "\n")
-        wheels = [f"--wheels={name}" for name in [*project["project"]["dependencies"], *tools]]
+        inside = [package for names in packages.PACKAGES.values() for package in names]
+        wheels = [f"--wheels={name}" for name in [*project["project"]["dependencies"], *tools, *inside]]
         inner = pytest("vm", Path("python"), Path("/out"), ["tests/kernel", "tests/service", "tests/escape"], extra)
         machine = [f"--mem={VM_MEMORY_MB}", f"--timeout={seconds:.0f}", f"--share={tree}", f"--out={out}", *wheels]
         command = [sys.executable, "tests/vm/run-in-vm", "--verbose", *machine, "--", "sh", "tests/vm/inside"]
