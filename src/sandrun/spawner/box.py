@@ -98,7 +98,7 @@ class Box:
     def on_gate(self) -> None:
         """From the job's process, before it is the client's; end of file when it has become so, or has died."""
         try:
-            message, ancillary, _, _ = self.gate.recvmsg(messages.TAIL_BYTES + 16, socket.CMSG_SPACE(_CREDENTIALS.size))
+            message, ancillary = _receive(self.gate, messages.TAIL_BYTES + 16, socket.CMSG_SPACE(_CREDENTIALS.size))
         except BlockingIOError:
             return
         except OSError:
@@ -130,7 +130,7 @@ class Box:
     def on_control(self) -> None:
         """From init."""
         try:
-            message = self.control.recv(8192)
+            message, _ = _receive(self.control, 8192)
         except BlockingIOError:
             return
         except OSError:
@@ -171,6 +171,7 @@ class Box:
     def on_oom(self, looks: int = OOM_LOOKS) -> None:
         """The notice may come before the count shows the kill, and v2 gives it for plain reclaim too: look again."""
         if self.dead or self.reason is not None or self.exited is not None:
+            self.server.loop.unwatch(self.oom)  # unread it would be ready for ever
             return
         self._count_oom()
         if self._oom_kills:
@@ -431,3 +432,11 @@ class Box:
         except OSError:
             return False
 
+
+def _receive(end: socket.socket, most: int, space: int = 0) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    """One message. An end that was closed with something unread answers ECONNRESET, once, before what it had sent."""
+    try:
+        message, ancillary, _, _ = end.recvmsg(most, space)
+    except ConnectionResetError:
+        message, ancillary, _, _ = end.recvmsg(most, space)
+    return message, ancillary

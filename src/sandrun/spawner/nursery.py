@@ -173,7 +173,7 @@ def _write_maps(pid: int, base: int | None) -> None:
 def _become(
     recipe: Recipe, connection: socket.socket, sync: socket.socket, archive: int, config: int, entries: list[int]
 ) -> NoReturn:
-    step = "zygote start"
+    step, channel = "zygote start", connection.fileno()
     try:
         for entry in entries:
             os.write(entry, b"0")
@@ -198,7 +198,8 @@ def _become(
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-        _arrange([archive, config, connection.fileno()])
+        _arrange([archive, config, channel])
+        channel = zygote.SOCKET  # an exec that fails is still told
         environment = {
             "PATH": PATH,
             "HOME": rootfs.WORK,
@@ -209,7 +210,7 @@ def _become(
         }
         os.execve(recipe.python, [recipe.python, "-m", script.MARKER], environment)
     except BaseException as error:
-        _give_up(connection, step, error)
+        _give_up(channel, step, error)
 
 
 def _arrange(descriptors: list[int]) -> None:
@@ -228,9 +229,9 @@ def _arrange(descriptors: list[int]) -> None:
     process.close_range(3 + len(high), 0xFFFFFFFF)
 
 
-def _give_up(connection: socket.socket, step: str, error: BaseException) -> NoReturn:
+def _give_up(channel: int, step: str, error: BaseException) -> NoReturn:
     try:
-        protocol.send(connection, protocol.encode_refused(0, messages.failure(step, error)))
+        os.write(channel, protocol.encode_refused(0, messages.failure(step, error)))
     finally:
         os._exit(1)
 

@@ -307,13 +307,13 @@ class Tenant:
             shared: list[int] = []
             if self.group is not None:
                 made = self.group.create(f"j{slot}")
-                step = "limits"
-                made.set_limits(memory_bytes, DEFAULT_PROCESSES + 1)
                 directory = made.directory_fd()
                 if directory is not None:
                     shared.append(directory)
                     flags |= protocol.HAS_CGROUP
                 entries = made.entry_fds()
+                step = "limits"
+                made.set_limits(memory_bytes, DEFAULT_PROCESSES + 1)
             step = "storage"
             storage_bytes = memory_bytes - SPARE_BYTES
             if not self.shared_uid:

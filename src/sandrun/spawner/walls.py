@@ -36,7 +36,10 @@ class Walls:
         self.job_filter = self.init_filter = b""
         if "seccomp" not in waived:
             jobs = policy.job_policy()
-            self.job_filter, self.init_filter = jobs.compile(), policy.init_policy().compile()
+            try:
+                self.job_filter, self.init_filter = jobs.compile(), policy.init_policy().compile()
+            except OSError as error:
+                raise MissingLayer("seccomp", str(error), "Fix: apt-get install libseccomp2") from error
             self.filter = {
                 "digest": jobs.digest,
                 "calls": jobs.count,
