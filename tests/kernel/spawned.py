@@ -1,0 +1,253 @@
+"""A spawner without a server: forked by the test, which may spoil what it is made of, and proved gone at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sandrun.jobs.archive import build_archive
+from sandrun.jobs.outputs import OutputsParser
+from sandrun.model import MIB, Limits
+from sandrun.spawner import nursery, protocol, server, supervisor
+from sandrun.spawner.client import Ended, Order, SpawnerClient
+from tests import host, serving
+
+END_SECONDS = 12.0
+UID_BASE = 1879048192
+ERRNO = 18
+"""EXDEV: what spoilt steps answer. Nothing else that a set-up does can answer it."""
+
+
+@dataclass
+class Done:
+    """What became of a job."""
+
+    ended: Ended
+    stdout: str
+    stderr: str
+    outputs: dict[str, bytes] = field(default_factory=dict)
+    complete: bool = False
+
+    @property
+    def inside(self) -> dict[str, Any]:
+        """The isolation report of the job's process itself."""
+        return dict(self.ended.isolation["inside"])
+
+    @property
+    def host(self) -> dict[str, Any]:
+        """The isolation report of the spawner."""
+        return dict(self.ended.isolation["host"])
+
+
+@dataclass
+class Spawned:
+    """A running spawner and our end of its socket."""
+
+    pid: int
+    client: SpawnerClient
+    log: Path
+
+    async def run(
+        self,
+        code: str = "print('hello')",
+        *,
+        memory_mb: int = 512,
+        processes: int = 100,
+        timeout: float = 20,
+        archive: bytes | None = None,
+        **wishes: Any,
+    ) -> Done:
+        """Run a Python script, or with interpreter="sh" and so on another; its outputs are all that it makes."""
+        wishes = {"interpreter": "python3", "args": [], "env": {}, "outputs": None, "fresh": False, **wishes}
+        packed = build_archive({"script": code.encode()}) if archive is None else archive
+        descriptor = nursery.sealed(packed, "archive")
+        order = Order(
+            spec=json.dumps({"entrypoint": "script", **wishes}).encode(),
+            archive_fd=descriptor,
+            stdin_fd=None,
+            limits=Limits(wall_seconds=timeout, memory_bytes=memory_mb * MIB, processes=processes),
+            environment=None,
+            tag=1,
+            collect=True,
+        )
+        try:
+            sandbox = self.client.start(order)
+        finally:
+            os.close(descriptor)
+        parser = OutputsParser()
+        streams = asyncio.gather(*(_read(fd) for fd in (sandbox.stdout, sandbox.stderr, sandbox.outputs)))
+        ended = await asyncio.wait_for(asyncio.shield(sandbox.ended), timeout + 60)
+        stdout, stderr, collected = await asyncio.wait_for(streams, 5)
+        outputs = {file.path: bytes(data) for file, data in parser.feed(collected)}
+        return Done(ended, stdout.decode(errors="replace"), stderr.decode(errors="replace"), outputs, parser.ended)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def sandboxes(self) -> list[host.Process]:
+        """Processes of all sandboxes, parked ones too."""
+        ours = host.process(os.getpid())
+        base = ours.pid_depth if ours else 1
+        return [p for p in host.descendants(self.pid) if p.pid_depth >= base + 2]
+
+    def cgroups(self) -> list[str]:
+        """The cgroups of all sandboxes, as paths."""
+        found = []
+        for top in host.own_cgroups({self.pid}):
+            found += [folder for folder, _, _ in os.walk(top) if os.path.basename(folder).startswith("j")]
+        return found
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+
+async def _read(descriptor: int) -> bytes:
+    """Everything up to the end of file; closes it."""
+    loop = asyncio.get_running_loop()
+    parts: list[bytes] = []
+    try:
+        while True:
+            try:
+                piece = os.read(descriptor, 1 << 16)
+            except BlockingIOError:
+                ready = asyncio.Event()
+                loop.add_reader(descriptor, ready.set)
+                try:
+                    await ready.wait()
+                finally:
+                    loop.remove_reader(descriptor)
+                continue
+            if not piece:
+                return b"".join(parts)
+            parts.append(piece)
+    finally:
+        os.close(descriptor)
+
+
+def default_waived() -> frozenset[str]:
+    """As an ordinary user without a cgroup of its own just that layer is waived."""
+    return frozenset() if os.geteuid() == 0 else frozenset(("memory", "pids", "cpu", "swap"))
+
+
+@contextlib.asynccontextmanager
+async def spawned(
+    directory: Path,
+    overrides: Mapping[str, bytes] | None = None,
+    *,
+    patch: Callable[[], object] | None = None,
+    waived: frozenset[str] | None = None,
+    interpreters: tuple[str, ...] = ("python3",),
+) -> AsyncIterator[Spawned]:
+    """Fork a spawner; `await it.client.ready()` tells whether it found the host fit. At the end nothing may be left.
+
+    `overrides` replaces modules inside zygotes, `patch` is called in the spawner's own process before it begins.
+    """
+    settings = server.Settings(
+        waived=default_waived() if waived is None else waived,
+        rootfs="/",
+        uid_base=UID_BASE,
+        interpreters=interpreters,
+        environments=(),
+        overrides=tuple((overrides or {}).items()),
+    )
+    ours, theirs = protocol.pair()
+    log = directory / "spawner.log"
+
+    def main() -> int:
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  to the end of this process
+        if patch is not None:
+            patch()
+        return server.run(theirs, settings)
+
+    mounted = host.mounts()
+    pid = supervisor.fork(main, close=[ours])
+    theirs.close()
+    pidfd = os.pidfd_open(pid)
+    client = SpawnerClient(ours)
+    one = Spawned(pid, client, log)
+    try:
+        yield one
+    finally:
+        left = host.descendants(pid)
+        names = host.namespaces_of(left)
+        end = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")  # as /proc/PID/stat has it
+        client.close()
+        overdue = not select.select([pidfd], [], [], END_SECONDS)[0]
+        if overdue:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert not overdue, f"the spawner was not over after {END_SECONDS:g} s\n{one.text()}"
+    assert status in (0, 1), f"the spawner ended with {status}\n{one.text()}"
+    assert "Traceback" not in one.text(), one.text()
+    assert serving.wait_until(lambda: not [p for p in left if p.alive], serving.GONE_SECONDS)
+    inhabitants: list[host.Process] = []
+
+    def inhabited() -> bool:  # by who was there before the end: a namespace's number is soon another's
+        inhabitants[:] = [p for p in host.in_namespaces(names) if p.started <= end and p.alive]
+        return bool(inhabitants)
+
+    assert serving.wait_until(lambda: not inhabited(), serving.GONE_SECONDS), f"{names} hold {inhabitants}"
+    assert not host.own_cgroups({pid}), "cgroups outlived the spawner"
+    assert host.mounts() == mounted, "mounts outlived the spawner"
+
+
+# ---- spoiling it -------------------------------------------------------------------------------------------
+
+
+def source(module: str) -> str:
+    """The text of a module by the name that `nursery.MODULES` has for it."""
+    return (Path(nursery.PACKAGE) / f"{module}.py").read_text()
+
+
+def without(module: str, *removed: str | tuple[str, str]) -> dict[str, bytes]:
+    """A module with these lines taken out, or (old, new) put in their place. Each must stand there exactly once."""
+    text = source(module)
+    for change in removed:
+        old, new = (change, "pass") if isinstance(change, str) else change
+        assert text.count(old) == 1, f"{module} has {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    compile(text, module, "exec")
+    return {module: text.encode()}
+
+
+def spoilt(table: str, step: str, *, from_sandbox: int = 0) -> dict[str, bytes]:
+    """`sandbox.steps` with one step of one of its tables refused, from the zygote's n-th sandbox on."""
+    text = f"""{source("sandbox/steps")}
+
+SANDBOXES = 0
+
+def _spoilt(name, step):
+    def refuse(spec):
+        if SANDBOXES >= {from_sandbox}:
+            raise OSError({ERRNO}, "spoilt by a test")
+        step(spec)
+    return name, refuse if name == {step!r} else step
+
+{table} = tuple(_spoilt(*step) for step in {table})
+"""
+    return {"sandbox/steps": text.encode(), **counting()}
+
+
+def counting() -> dict[str, bytes]:
+    """A zygote that counts its sandboxes in `steps.SANDBOXES`."""
+    text = f"""{source("spawner/zygote")}
+
+from sandrun.sandbox import steps
+_spawn_one = _spawn
+
+def _spawn(*arguments):
+    steps.SANDBOXES += 1
+    return _spawn_one(*arguments)
+"""
+    return {"spawner/zygote": text.encode()}
