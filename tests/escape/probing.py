@@ -227,24 +227,19 @@ class Held:
     def namespace(self, kind: str) -> str:
         return os.readlink(f"{self.folder}/ns/{kind}")
 
+    def sandbox(self) -> list[host.Process]:
+        """All processes of its PID namespace, init first."""
+        for members in self.server.sandboxes():
+            if any(one.pid == self.process.pid for one in members):
+                return members
+        raise AssertionError("the job is gone")
+
     def processes(self) -> list[host.Process]:
-        """All of its job's: those of its PID namespace but for PID 1."""
-        mine = self.namespace("pid")
-        found = []
-        for one in self.server.sandboxes():
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{one.pid}/ns/pid") == mine and inner_pid(one.pid) != 1:
-                    found.append(one)
-        return found
+        """The job's own: all but init."""
+        return self.sandbox()[1:]
 
     def init(self) -> host.Process:
-        """PID 1 of its PID namespace."""
-        mine = self.namespace("pid")
-        for one in self.server.sandboxes():
-            with contextlib.suppress(OSError):
-                if inner_pid(one.pid) == 1 and os.readlink(f"/proc/{one.pid}/ns/pid") == mine:
-                    return one
-        raise AssertionError("the job has no PID 1")
+        return self.sandbox()[0]
 
     def output(self, stream: str = "stdout") -> str:
         return self.api.logs(self.job_id, stream)
@@ -259,14 +254,10 @@ class Held:
         return self.result
 
 
-def inner_pid(pid: int) -> int:
-    return int(status(pid)["NSpid"].split()[-1])
-
-
 def status(pid: int) -> dict[str, str]:
     """/proc/PID/status by field."""
     with open(f"/proc/{pid}/status") as file:
-        return dict((line.rstrip("\n") + "\t").split(":\t", 1) for line in file)
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
 
 
 @contextlib.contextmanager
@@ -288,7 +279,7 @@ def held(
         found: list[host.Process] = []
 
         def find() -> bool:
-            found[:] = [one for one in server.sandboxes() if comm(one.pid) == token]
+            found[:] = [one for members in server.sandboxes() for one in members if comm(one.pid) == token]
             return bool(found)
 
         assert wait_until(find, 30), (inside.api.wait(job_id, 5), inside.api.logs(job_id, "stderr"))

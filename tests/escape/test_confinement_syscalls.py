@@ -6,6 +6,7 @@ inside is our filter and not the call itself. Where a kernel lacks a call, it ca
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 
@@ -331,7 +332,9 @@ def test_arguments_are_answered_outside() -> None:
 
 CLONES = {
     **{name: call("clone", flag | SIGCHLD, 0, 0, 0, 0) for name, flag in CLONE_NEW.items()},
-    **{f"{name} with upper bits": call("clone", flag | SIGCHLD | UPPER, 0, 0, 0, 0) for name, flag in CLONE_NEW.items()},
+    **{
+        f"{name} with upper bits": call("clone", flag | SIGCHLD | UPPER, 0, 0, 0, 0) for name, flag in CLONE_NEW.items()
+    },
     "PARENT": call("clone", 0x8000 | SIGCHLD, 0, 0, 0, 0),
 }
 
@@ -399,7 +402,7 @@ print(json.dumps(said))
 def test_socket_raises_permission_error(inside: Inside) -> None:
     """AF_VSOCK, which no namespace divides, too."""
     families = ("AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK", "AF_VSOCK")
-    assert eval(inside.run(SOCKETS)["stdout"]) == dict.fromkeys(families, "PermissionError 1")
+    assert json.loads(inside.run(SOCKETS)["stdout"]) == dict.fromkeys(families, "PermissionError 1")
 
 
 def test_tables_name_calls_of_this_machine() -> None:
