@@ -25,6 +25,7 @@ import time
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sandrun.linux import process
@@ -36,6 +37,7 @@ from tests import host, packages  # noqa: E402
 
 RESULTS = ROOT / ".test-results"
 ALL_SECONDS = 25 * 60
+STARTED = time.monotonic()
 VM_MEMORY_MB = 3072
 NOT_IN_THE_VM = ("ruff", "mypy")  # they judge the same files everywhere
 
@@ -143,6 +145,8 @@ def run(
     child = subprocess.Popen(
         command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
     )
+    if output is not None:
+        beside.add(child.pid)
     interrupted: KeyboardInterrupt | None = None
     try:
         return child.wait(max(1.0, seconds))
@@ -162,21 +166,27 @@ def run(
     return 124
 
 
-def end_strays(root: int) -> list[str]:
-    """End what a tier left running below us, its orphans included; what they were called."""
+def strays() -> list[host.Process]:
+    """What runs below us, orphans included, and is not of the tier that runs beside."""
+    below = {p.pid: p for p in host.descendants(os.getpid())}
+    for pid in beside:
+        for p in [*host.descendants(pid), *filter(None, [host.process(pid)])]:
+            below.pop(p.pid, None)
+    return list(below.values())
+
+
+def end_strays() -> list[str]:
+    """End what a tier left running; what they were called."""
     found: list[str] = []
     end = time.monotonic() + 10
     grace = time.monotonic() + 2  # the last ones of a server may be about to end
-    while (strays := host.descendants(root)) and time.monotonic() < end:
+    while (left := strays()) and time.monotonic() < end:
         if time.monotonic() > grace:
-            found += [f"{p.pid} {p.title}" for p in strays if f"{p.pid} {p.title}" not in found]
-            for p in strays:
+            found += [called for p in left if (called := f"{p.pid} {p.title}") not in found]
+            for p in left:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(p.pid, signal.SIGKILL)
         time.sleep(0.05)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
     return found
 
 
@@ -195,15 +205,20 @@ def environment(**more: str) -> dict[str, str]:
     return {"HOME": "/", "LANG": "C.UTF-8", **keep, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
-Tier = Callable[[list[str], float], int]
+Tier = Callable[[list[str], float, int | None], int]
+"""Takes more arguments for pytest, the most seconds, and where to write what it prints; gives pytest's exit code."""
+BESIDE = "vm"
+"""This tier, a single process on one core, runs beside the others when all run."""
+beside: set[int] = set()
+"""Its process."""
 
 
 def native(name: str) -> Tier:
     """As root, on the cgroups that this host has."""
 
-    def tier(extra: list[str], seconds: float) -> int:
+    def tier(extra: list[str], seconds: float, output: int | None) -> int:
         command = pytest(name, Path(sys.executable), RESULTS, [f"tests/{name}"], extra)
-        return run(command, seconds, env=environment())
+        return run(command, seconds, env=environment(), output=output)
 
     return tier
 
@@ -226,11 +241,12 @@ def throw_away_user() -> Iterator[tuple[int, Path]]:
         yield free_uid(), directory
 
 
-def user(extra: list[str], seconds: float) -> int:
+def user(extra: list[str], seconds: float, output: int | None) -> int:
     """As an ordinary user with one uid and no cgroup of its own."""
     paths = ["tests/kernel", "tests/service", "tests/escape"]
     if os.geteuid() != 0:
-        return run(pytest("user", Path(sys.executable), RESULTS, paths, extra), seconds, env=environment())
+        command = pytest("user", Path(sys.executable), RESULTS, paths, extra)
+        return run(command, seconds, env=environment(), output=output)
     with throw_away_user() as (uid, directory):
         tree, out, home = directory / "tree", directory / "out", directory / "home"
         copy_tree(tree, venv=True)
@@ -241,12 +257,12 @@ def user(extra: list[str], seconds: float) -> int:
         if subprocess.run([*drop, "unshare", "--user", "--mount", "true"], check=False, capture_output=True).returncode:
             raise Impossible("the host gives ordinary users no user namespaces (on Ubuntu: AppArmor)")
         command = [*drop, *pytest("user", tree / ".venv/bin/python", out, paths, extra)]
-        code = run(command, seconds, cwd=tree, env=environment(HOME=str(home)))
+        code = run(command, seconds, cwd=tree, env=environment(HOME=str(home)), output=output)
         fetch(out / "user.xml")
         return code
 
 
-def vm(extra: list[str], seconds: float) -> int:
+def vm(extra: list[str], seconds: float, output: int | None) -> int:
     """As root on cgroup v2 with systemd, in a machine booted for it."""
     if not Path("/etc/debian_version").exists() or "ubuntu" in Path("/etc/os-release").read_text().lower():
         raise Impossible("the machine is made from a Debian host's archive (root here is on v2 already)")
@@ -262,7 +278,7 @@ def vm(extra: list[str], seconds: float) -> int:
         inner = pytest("vm", Path("python"), Path("/out"), ["tests/kernel", "tests/service", "tests/escape"], extra)
         machine = [f"--mem={VM_MEMORY_MB}", f"--timeout={seconds:.0f}", f"--share={tree}", f"--out={out}", *wheels]
         command = [sys.executable, "tests/vm/run-in-vm", "--verbose", *machine, "--", "sh", "tests/vm/inside"]
-        code = run([*command, *inner[3:]], seconds + 30, env=environment())
+        code = run([*command, *inner[3:]], seconds + 30, env=environment(), output=output)
         fetch(out / "vm.xml")
         return code
 
@@ -279,26 +295,48 @@ TIERS: dict[str, tuple[Tier, str, float]] = {
     "service": (native("service"), "as root on this host's cgroups", 480),
     "escape": (native("escape"), "as root on this host's cgroups", 480),
     "user": (user, "as an ordinary user with one uid and no cgroup", 480),
-    "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 600),
+    "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 1200),
 }
 
 
-def run_tier(name: str, extra: list[str], seconds: float) -> Report:
+def run_tier(name: str, extra: list[str], seconds: float, output: int | None = None) -> Report:
     tier, where, most = TIERS[name]
-    print(f"\n==== {name}: {where} ====", flush=True)
+    if output is None:
+        print(f"\n==== {name}: {where} ====", flush=True)
     report = RESULTS / f"{name}.xml"
     report.unlink(missing_ok=True)
     begin = time.monotonic()
     try:
-        code = tier(extra, min(most, seconds))
+        code = tier(extra, min(most, seconds), output)
     except Impossible as error:
         return Report(name, 1, time.monotonic() - begin, note=f"not possible here: {error}", impossible=True)
     came = Report(name, code, time.monotonic() - begin, note="timed out" if code == 124 else "").read(report)
-    if strays := end_strays(os.getpid()):
+    if name != BESIDE and (left := end_strays()):
         came.failed += 1
-        came.note = f"{len(strays)} processes were left running and have been ended"
-        print("left running:", *strays, sep="\n  ", flush=True)
+        came.note = f"{len(left)} processes were left running and have been ended"
+        print("left running:", *left, sep="\n  ", flush=True)
     return came
+
+
+@contextlib.contextmanager
+def start_beside(end: float) -> Iterator[Callable[[], Report]]:
+    """Run the tier BESIDE while others run; the call waits for it, shows what it printed and gives its report."""
+    with tempfile.TemporaryFile() as output, ThreadPoolExecutor(1) as thread:
+        future = thread.submit(run_tier, BESIDE, [], end - time.monotonic(), output.fileno())
+
+        def finish() -> Report:
+            print(f"\n==== {BESIDE}: {TIERS[BESIDE][1]} (ran beside the others) ====", flush=True)
+            report = future.result()
+            output.seek(0)
+            print(output.read().decode(errors="replace"), flush=True)
+            return report
+
+        try:
+            yield finish
+        finally:
+            for pid in beside:
+                if not future.done():
+                    os.kill(pid, signal.SIGINT)
 
 
 def summarise(reports: list[Report], digest: str) -> int:
@@ -311,7 +349,7 @@ def summarise(reports: list[Report], digest: str) -> int:
     (RESULTS / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     fallen = sum(not r.good and not r.failed for r in reports)  # a tier that did not run counts as one failure
     passed, failed, skipped = (sum(getattr(r, kind) for r in reports) for kind in ("passed", "failed", "skipped"))
-    print(f"{sum(r.seconds for r in reports):.0f} s in all")
+    print(f"{time.monotonic() - STARTED:.0f} s in all")
     print(f"{passed} passed, {failed + fallen} failed, {skipped} skipped", flush=True)
     return 0 if all(r.good for r in reports) else 1
 
@@ -340,17 +378,21 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     digest, end, reports = fingerprint(), time.monotonic() + ALL_SECONDS, []
     try:
-        for tier in [name] if name else TIERS:
-            left = end - time.monotonic()
-            if os.geteuid() != 0 and tier not in ("unit", "user"):
-                reports.append(Report(tier, 1, note="skipped: run ./scripts/test as root or with sudo"))
-            elif left < 1:
-                reports.append(Report(tier, 124, note=f"skipped: the {ALL_SECONDS} s for all tiers were over"))
-            else:
-                reports.append(run_tier(tier, arguments[1:], left))
+        with contextlib.ExitStack() as stack:
+            other = stack.enter_context(start_beside(end)) if not name and os.geteuid() == 0 else None
+            for tier in [name] if name else TIERS:
+                left = end - time.monotonic()
+                if os.geteuid() != 0 and tier not in ("unit", "user"):
+                    reports.append(Report(tier, 1, note="skipped: run ./scripts/test as root or with sudo"))
+                elif tier == BESIDE and other:
+                    reports.append(other())
+                elif left < 1:
+                    reports.append(Report(tier, 124, note=f"skipped: the {ALL_SECONDS} s for all tiers were over"))
+                else:
+                    reports.append(run_tier(tier, arguments[1:], left))
         return summarise(reports, digest)
     finally:
-        end_strays(os.getpid())
+        end_strays()
         give_back()
 
 
