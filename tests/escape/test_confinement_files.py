@@ -117,7 +117,7 @@ WRITES: dict[str, tuple[Call, str, str]] = {
     "write in /dev/shm": (opening("/dev/shm/made", O_CREAT | O_WRONLY), "ok", ""),
     "hard link of the host's file": (call("linkat", HERE, "s:/usr/bin/env", HERE, "s:/tmp/probe", 0), "EXDEV", ""),
     "the program itself": (opening("/proc/self/exe", O_WRONLY), "EACCES|ETXTBSY", "ETXTBSY"),
-    "the program itself, to be truncated": (opening("/proc/self/exe", O_RDWR | O_TRUNC), "EACCES|ETXTBSY|EROFS", "ETXTBSY"),
+    "the program itself, cut": (opening("/proc/self/exe", O_RDWR | O_TRUNC), "EACCES|ETXTBSY|EROFS", "ETXTBSY"),
     "sysctl": (opening("/proc/sys/kernel/hostname", O_WRONLY), "EACCES|EROFS", "ok"),
     "oom_score_adj": (opening("/proc/self/oom_score_adj", O_WRONLY), "EROFS", "ok"),
     "uid_map": (opening("/proc/self/uid_map", O_WRONLY), "EROFS", "ok"),
@@ -133,7 +133,7 @@ def test_writes_are_refused_but_in_three_places(inside_any: Inside) -> None:
     calls = known({what: row[0] for what, row in WRITES.items()})
     answers = inside_any.answers(calls)
     if inside_any.kind.compiled:  # this program is the job's own file
-        answers["the program itself"] = answers["the program itself, to be truncated"] = "ETXTBSY"
+        answers["the program itself"] = answers["the program itself, cut"] = "ETXTBSY"
     wrong = {what: answer for what, answer in answers.items() if answer not in WRITES[what][1].split("|")}
     assert not wrong
 
@@ -316,7 +316,8 @@ def test_devices_are_an_exact_list(inside: Inside) -> None:
 DEVICES_WORK = """
 import os
 assert os.read(os.open("/dev/zero", os.O_RDONLY), 3) == bytes(3)
-assert len(os.read(os.open("/dev/random", os.O_RDONLY), 16)) == len(os.read(os.open("/dev/urandom", os.O_RDONLY), 16)) == 16
+for name in ("random", "urandom"):
+    assert len(os.read(os.open("/dev/" + name, os.O_RDONLY), 16)) == 16
 assert os.write(os.open("/dev/null", os.O_WRONLY), b"x") == 1
 assert os.read(os.open("/dev/null", os.O_RDONLY), 1) == b""
 try:
@@ -343,7 +344,7 @@ def test_devices_work(inside: Inside) -> None:
 @pytest.mark.requirement(14)
 def test_names_of_the_host_do_not_show(inside: Inside) -> None:
     seen = inside.says("surroundings.py")
-    system, node, release, version, machine = seen["uname"]
+    system, node, release, _, machine = seen["uname"]
     assert (node, seen["domain"]) == ("sandbox", "(none)")
     assert (system, release, machine) == ("Linux", platform.release(), platform.machine())
     text = str(seen)
@@ -369,7 +370,8 @@ found = [e.path for e in os.scandir("/usr/bin") if e.is_file(follow_symlinks=Fal
 shutil.copy("{PYTHON}", "mine")
 os.chmod("mine", 0o6755)
 said["mode"] = oct(os.stat("mine").st_mode)
-ask = "import os; print(os.getuid(), os.geteuid(), [l.split()[1] for l in open('/proc/self/status') if l[:3] in ('Cap', 'NoN')])"
+ask = "import os; print(os.getuid(), os.geteuid(), [l.split()[1] for l in open('/proc/self/status') if l[:3] in want])"
+ask = "want = ('Cap', 'NoN'); " + ask
 said["mine"] = subprocess.run(["./mine", "-c", ask], capture_output=True, text=True).stdout
 said["found"] = found
 for name in ("su", "sudo", "mount", "ping", "newuidmap"):

@@ -1,8 +1,8 @@
 """Makes the system calls that stand on stdin, one a line, each in a child of its own, and says what came back.
 
 A line is `NUMBER ARGUMENT...`, or `i386 NUMBER ARGUMENT` for the old gate. An argument is an integer; s:TEXT, a pointer
-to it; z:N, one to N zero bytes; q:A,B,... and d:A,B,..., one to 64- and 32-bit numbers; `self`, the caller's pid; `null`,
-a descriptor of /dev/null. A line of the answer is `=VALUE`, `E` and the errno, or `S` and the signal that ended it.
+to it; z:N, one to N zero bytes; q:A,B,... and d:A,B,..., one to 64- and 32-bit numbers; `self`, the caller's pid;
+`null`, a descriptor of /dev/null. The answer is `=VALUE`, `E` and the errno, or `S` and the signal that ended it.
 """
 
 from __future__ import annotations
