@@ -178,6 +178,7 @@ def _become(
         for entry in entries:
             os.write(entry, b"0")
         os.setsid()
+        os.umask(0o022)  # of the root's folders, and what jobs inherit
         step = "zygote sources"
         sources = rootfs.open_sources(recipe.rootfs, recipe.environment)
         step = "zygote id maps"
@@ -196,7 +197,6 @@ def _become(
             if number not in (signal.SIGKILL, signal.SIGSTOP) and number not in (32, 33):
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         _arrange([archive, config, channel])
         channel = zygote.SOCKET  # an exec that fails is still told
