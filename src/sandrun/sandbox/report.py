@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
+from collections.abc import Callable
 from typing import Any
 
 from sandrun.linux import process
+from sandrun.sandbox import rootfs
 from sandrun.sandbox.spec import JOB_UID, Spec
 
 RLIMITS = ("CORE", "NOFILE", "MEMLOCK")
@@ -74,7 +77,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     found["mounts"] = _read_mounts()
     own = {spec.gate, spec.snapshot}  # closed before the client's first instruction
     found["descriptors"] = sorted(set(list_descriptors()) - own)
-    found["landlock"] = spec.nest.landlock
+    found["landlock"] = spec.landlock
     found["rlimits"] = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in RLIMITS}
     found["host_name"] = os.uname().nodename
     found["pid"] = os.getpid()
@@ -115,18 +118,31 @@ def verify(found: dict[str, Any], spec: Spec) -> None:
     for name, mask in found["capabilities"].items():
         expect(f"Cap{name}", mask, ZERO)
     expect("no_new_privs", found["no_new_privs"], 1)
+    expect("landlock", found["landlock"], nest.landlock)
     if nest.job_filter:
         expect("seccomp", found["seccomp"], 2)
+        _expect_refusal("socket", socket.socket)
+        _expect_refusal("unshare", process.unshare, process.CLONE_NEWUSER)
     expect("descriptors", found["descriptors"], [0, 1, 2])
+    devices = [f"/dev/{name}" for name in rootfs.DEVICES]
     for place, _kind, options, _ in found["mounts"]:
         flags = options.split(",")
         if "nosuid" not in flags:
             raise OSError(0, f"the mount at {place} is {options}, without nosuid")
-        if "nodev" not in flags and not place.startswith("/dev/"):
+        if "nodev" not in flags and place not in devices:
             raise OSError(0, f"the mount at {place} is {options}, without nodev")
-        if "ro" not in flags and place not in ("/job", "/tmp", "/dev/shm"):
+        if "ro" not in flags and place not in rootfs.WRITABLE:
             raise OSError(0, f"the mount at {place} is {options}, not read-only")
-    expect("work directory", found["work_directory"], "/job")
+    expect("work directory", found["work_directory"], rootfs.WORK)
+
+
+def _expect_refusal(name: str, call: Callable[..., object], *arguments: object) -> None:
+    """A filter may be in force and yet be another: two of the calls that every policy of ours refuses are tried."""
+    try:
+        call(*arguments)
+    except PermissionError:
+        return
+    raise OSError(0, f"seccomp lets {name} pass")
 
 
 def verify_outside(

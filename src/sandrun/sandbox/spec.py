@@ -67,10 +67,11 @@ class Spec:
         entries: v1 `tasks` files.
         proc: a writable, detached copy of the sandbox's /proc, for set-up steps alone.
         snapshot: memory file with the state of the work directory after unpacking.
+        landlock: the ABI that is in force for this process, 0 for none.
     """
 
     __slots__ = (
-        "control", "entries", "gate", "init_id", "job_id", "nest", "proc", "slot", "snapshot", "storage",
+        "control", "entries", "gate", "init_id", "job_id", "landlock", "nest", "proc", "slot", "snapshot", "storage",
         "storage_bytes", "sync",
     )  # fmt: skip
 
@@ -99,6 +100,7 @@ class Spec:
         self.sync = -1
         self.snapshot = -1
         self.proc = -1
+        self.landlock = 0
 
     def descriptors(self) -> list[int]:
         """All that are open, in rising order."""

@@ -198,7 +198,11 @@ def drop_capabilities(spec: Spec) -> None:
 def restrict_files(spec: Spec) -> None:
     """Reading anywhere in this root, which has nothing but what jobs may read; writing in the three places only."""
     if spec.nest.landlock:
-        landlock.restrict(["/"], [*rootfs.WRITABLE, *(f"/dev/{name}" for name in rootfs.DEVICES)])
+        version = landlock.restrict(["/"], [*rootfs.WRITABLE, *(f"/dev/{name}" for name in rootfs.DEVICES)])
+        try:
+            os.close(os.open("self/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=spec.proc))
+        except PermissionError:
+            spec.landlock = version  # a mount that is below no path at all is closed: it is in force
 
 
 def reset_process(spec: Spec) -> None:
