@@ -136,7 +136,7 @@ async def _read(descriptor: int) -> bytes:
 
 def default_waived() -> frozenset[str]:
     """As an ordinary user without a cgroup of its own just that layer is waived."""
-    return frozenset() if os.geteuid() == 0 else frozenset(("memory", "pids", "cpu", "swap"))
+    return frozenset() if os.geteuid() == 0 else frozenset(("memory", "pids", "cpu"))
 
 
 @contextlib.asynccontextmanager
