@@ -111,7 +111,8 @@ class Inside:
 
 
 def succeeded(result: dict[str, Any]) -> dict[str, Any]:
-    assert (result["outcome"], result["exit_code"]) == ("exited", 0), (result, result["stderr"][-3000:])
+    told = {name: result[name] for name in ("outcome", "exit_code", "signal", "limits_hit", "failure")}
+    assert (result["outcome"], result["exit_code"]) == ("exited", 0), (told, result["stderr"][-3000:])
     return result
 
 
