@@ -7,17 +7,33 @@ where it was raised, never its text, which may quote a client. Security events c
 from __future__ import annotations
 
 import logging
-import sys
+import os
 import time
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import structlog
 
 
-def set_up(stream: TextIO | None = None) -> None:
-    """Send structlog's events and what libraries log through `logging` to `stream`, as JSON lines."""
-    stream = sys.stderr if stream is None else stream
+class Lines:
+    """Writes each event by one write(2), so that lines of several processes do not mix. A log that nobody reads any
+    more (EPIPE), or a full disk, must not end a job."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def msg(self, line: str) -> None:
+        try:
+            os.write(self._descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
+        except OSError:
+            pass
+
+    debug = info = warning = error = critical = msg
+
+
+def set_up(descriptor: int = 2) -> None:
+    """Send structlog's events, and what is logged through `logging`, to `descriptor` as JSON lines."""
+    lines = Lines(descriptor)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -25,7 +41,7 @@ def set_up(stream: TextIO | None = None) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=lambda *_: lines,
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
@@ -39,8 +55,7 @@ def set_up(stream: TextIO | None = None) -> None:
 
 
 class _Libraries(logging.Handler):
-    """Passes on what is logged: our own modules' events whole, a library's without its arguments, which may quote a
-    request."""
+    """Passes on our own modules' events whole, a library's without its arguments, which may quote a request."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.partition(".")[0] == "sandrun":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Mapping
 
 from sandrun.linux import libc
 from sandrun.linux.libc import SYS, bind, syscall
@@ -91,19 +92,19 @@ def set_name(name: str) -> None:
     _prctl(PR_SET_NAME, ctypes.addressof(buffer), 0, 0, 0)
 
 
-def _find_argument_area() -> tuple[int, int] | None:
-    """Where this process's argv strings lie, start and end; None if there is no /proc to tell it."""
+def _find_areas() -> tuple[int, int, int, int] | None:
+    """Where this process's argv and environment strings lie, start and end of each; None without /proc."""
     try:
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # the name before may hold spaces and parentheses
     except OSError:
         return None
-    start, end = int(fields[48 - 3]), int(fields[49 - 3])  # proc(5) counts from 1, and two fields came before
-    return (start, end) if 0 < start < end else None
+    arguments, their_end, environment, its_end = (int(field) for field in fields[48 - 3 : 52 - 3])  # proc(5), from 1
+    return (arguments, their_end, environment, its_end) if 0 < arguments < their_end else None
 
 
 # Looked up at import: a forked child keeps the address, but may have no /proc of its own process any more.
-_argument_area = _find_argument_area()
+_areas = _find_areas()
 
 
 def set_title(title: str) -> None:
@@ -111,13 +112,26 @@ def set_title(title: str) -> None:
 
     Raises: OSError ENOENT if /proc was not there when this module was imported.
     """
-    if _argument_area is None:
+    if _areas is None:
         raise FileNotFoundError(2, "set_title: /proc/self/stat does not tell where the arguments are")
-    start, end = _argument_area
+    start, end, _, _ = _areas
     text = title.encode()[: max(end - start - 2, 0)]
     # A last byte of argv that is not NUL tells the kernel that this is a title: it then shows the text up to the first
     # NUL, not the whole area (setproctitle(3); fs/proc/base.c, get_mm_cmdline).
     libc.poke(start, text.ljust(end - start - 1, b"\0") + b".")
+
+
+def set_environment_area(environment: Mapping[str, str]) -> None:
+    """Have /proc/self/environ show `environment`, as much of it as there was room for at exec, and nothing else.
+
+    No variable of the first environment may be in use any more: the strings of environ(7) lie there.
+    """
+    if _areas is None:
+        return
+    _, _, start, end = _areas
+    text = b"".join(f"{name}={value}".encode(errors="surrogateescape") + b"\0" for name, value in environment.items())
+    if end > start:
+        libc.poke(start, text[: end - start].ljust(end - start, b"\0"))
 
 
 class _CloneArgs(ctypes.Structure):

@@ -76,6 +76,7 @@ def _pass_gate(spec: Spec) -> dict[str, Any]:
 def _runs_in_place(wishes: dict[str, Any]) -> bool:
     return (
         wishes["interpreter"] == "python3"
+        and wishes["entrypoint"].endswith(".py")  # not a zip or a .pyc, which the interpreter's start-up looks at
         and not wishes["fresh"]
         and script.ready()
         and not any(name.startswith(START_UP_VARIABLES) for name in wishes["env"])

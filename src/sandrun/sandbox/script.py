@@ -3,10 +3,10 @@
 A zygote is `python3 -m MARKER`, and its whole life is spent inside `import sitecustomize`, which CPython's start-up
 does before it looks for MARKER. A job forked from there returns from that import: start-up goes on, with no Python
 frame left, and calls `runpy._run_module_as_main`, in whose place stands `_run` (Modules/main.c, `pymain_run_module`).
-So `__main__`, tracebacks, flushing, exit codes and `atexit` are the interpreter's own.
+`_run` calls what `python3 FILE` calls, PyRun_AnyFileExFlags: `__main__`, tracebacks, flushing, exit codes are its own.
 
-`_run` leaves out the end of the interpreter where that changes nothing: taking apart what the zygote had loaded copies
-500 pages of it, a third of a short job's time. What the client made is taken apart in the interpreter's own order.
+`_finish` leaves out the end of the interpreter where that changes nothing: taking apart what the zygote had loaded
+copies 500 pages of it, a third of a short job's time. What the client made is taken apart in the interpreter's order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ctypes
 import gc
 import io
 import os
+import stat
 import sys
 from _weakref import ref
 from collections.abc import Callable
@@ -29,8 +30,16 @@ from sandrun.sandbox.rootfs import WORK
 MARKER = "sandrun" + "x" * 120
 """Also room for a process title: it may be as long as the arguments were."""
 
-_exit = ctypes.PyDLL(None)["exit"]  # libc's: C libraries get to flush, CPython does not get to finalize
+ARCHIVE = "/proc/self/fd/"
+"""Where the zygote imports Sandrun's own modules from."""
+
+_libc = ctypes.PyDLL(None)
+_exit = _libc["exit"]  # libc's: C libraries get to flush, CPython does not get to finalize
 _exit.argtypes, _exit.restype = [ctypes.c_int], None
+_fopen = _libc["fopen"]
+_fopen.argtypes, _fopen.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_void_p
+_run_file = ctypes.pythonapi["PyRun_AnyFileExFlags"]
+_run_file.argtypes, _run_file.restype = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p], ctypes.c_int
 _increment = ctypes.pythonapi.Py_IncRef
 _increment.argtypes, _increment.restype = [ctypes.py_object], None
 
@@ -58,7 +67,8 @@ def _without_resume(code: CodeType) -> CodeType:
     for at in range(0, len(instructions), 2):
         if instructions[at] == opmap["RESUME"]:
             instructions[at] = opmap["NOP"]
-    return code.replace(co_code=bytes(instructions))
+    # faulthandler shows it all the same: then as what `python3 -m` shows
+    return code.replace(co_code=bytes(instructions), co_filename="<frozen runpy>", co_name="_run_code")
 
 
 def find() -> None:
@@ -105,10 +115,10 @@ def warm_up() -> None:
 
 def prepare() -> None:
     """Take what is Sandrun's out of the client's sight, before there is a client."""
-    archive = next((entry for entry in sys.path if entry.startswith("/proc/self/fd/")), None)
-    if archive is not None:
-        sys.path.remove(archive)
-        sys.path_importer_cache.pop(archive, None)
+    for entry in [entry for entry in sys.path if entry.startswith(ARCHIVE)]:
+        sys.path.remove(entry)
+    for entry in [entry for entry in sys.path_importer_cache if entry.startswith(ARCHIVE)]:
+        del sys.path_importer_cache[entry]
     for name in [name for name in sys.modules if name == "sandrun" or name.startswith("sandrun.")]:
         _increment(sys.modules.pop(name))  # never freed: its pages are the zygote's
     custom = sys.modules.get("sitecustomize")  # the import machinery still needs the name, nobody what is in it
@@ -117,6 +127,10 @@ def prepare() -> None:
             delattr(custom, name)
     warm_up()
     process.set_name("python3")
+    main = ModuleType("__main__")  # the zygote's is frozen: the collector would never take what the client makes in it
+    main.__dict__.update(__builtins__=sys.modules["builtins"], __annotations__={})
+    _increment(sys.modules["__main__"])
+    sys.modules["__main__"] = main
     _State.known = frozenset(sys.modules) - {"__main__"}
     atexit.register(_spare)
 
@@ -127,33 +141,35 @@ def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> Non
     sys.argv = [entrypoint, *args]
     sys.orig_argv = ["python3", entrypoint, *args]
     os.environ.clear()
+    process.set_environment_area(environment)
     os.environ.update(environment)
+    if stat.S_ISREG(os.fstat(0).st_mode):  # standard input can be sought in, which the zygote's cannot
+        buffer = io.BufferedReader(io.FileIO(0, "rb", closefd=False))
+        given = sys.stdin
+        sys.stdin = sys.__stdin__ = io.TextIOWrapper(buffer, given.encoding, given.errors, "\n")  # type: ignore[misc]
     stand_in = ModuleType("runpy")
     stand_in._run_module_as_main = hidden(_run)  # type: ignore[attr-defined]
     sys.modules["runpy"] = stand_in
 
 
 def _run(*_: object) -> None:
-    """What `pymain_run_file` does. Every exception goes on to the interpreter, which prints it and ends as ever."""
+    """What `pymain_run_file` does, and then the shorter end."""
     del sys.modules["runpy"]
-    path = f"{WORK}/{_State.entrypoint}"
-    sys.path[0] = os.path.dirname(os.path.realpath(path))
-    with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    namespace = sys.modules["__main__"].__dict__
-    loader = sys.modules["_frozen_importlib_external"].SourceFileLoader
-    namespace.update(__file__=path, __cached__=None, __loader__=loader("__main__", path))
-    status: Any = 0
-    try:
-        exec(code, namespace)
-    except SystemExit as error:
-        status = error.code
-        if status is None:
-            status = 0
-        if type(status) is not int or not 0 <= status <= 255:
-            raise
-    del code, namespace
-    _finish(status)
+    path = f"{WORK}/{_State.entrypoint}".encode(errors="surrogateescape")
+    sys.path[0] = os.path.dirname(os.path.realpath(path)).decode(errors="surrogateescape")
+    failed = _run_file(_fopen(path, b"rb"), path, 1, None) != 0  # it prints what is raised, and ends on SystemExit
+    if failed and getattr(sys, "last_type", None) is KeyboardInterrupt:
+        return  # the interpreter remembers it, and dies of SIGINT
+    _finish(int(failed))
+    if failed:
+        raise SystemExit(1)
+
+
+FORGOTTEN = """
+    path argv ps1 ps2 last_exc last_type last_value last_traceback path_hooks path_importer_cache meta_path
+    __interactivehook__
+""".split()
+"""What of `sys` the interpreter sets to None first, Python/pylifecycle.c `finalize_modules_delete_special`."""
 
 
 def _finish(status: int) -> None:
@@ -163,33 +179,33 @@ def _finish(status: int) -> None:
         if threading is not None:
             threading._shutdown()
         atexit._run_exitfuncs()
-        if not _flush():
-            return
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name, None)
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
     except BaseException:
         return
-    gone = []
-    for name in [name for name in sys.modules if name not in _State.known]:
-        module: object = sys.modules.pop(name)
-        if isinstance(module, ModuleType):
-            gone.append(ref(module))
-        del module
+    gc.collect()  # orders what belongs together, so that a file is flushed before it is closed
+    for name in FORGOTTEN:
+        setattr(sys, name, None)
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, f"__{name}__", None))
+    others = [module for name, module in sys.modules.items() if name not in _State.known]
+    gone = [ref(module) for module in others if isinstance(module, ModuleType)]
+    del others
+    _spare()
+    sys.modules.clear()
     gc.collect()
     for reference in reversed(gone):
         alive = reference()
         if alive is not None:
             _clear(alive.__dict__)
-    _flush()
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except BaseException:
+            continue
     _exit(status)
-
-
-def _flush() -> bool:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not getattr(stream, "closed", True):
-            try:
-                stream.flush()
-            except BaseException:
-                return False
-    return True
 
 
 def _clear(namespace: dict[str, Any]) -> None:
@@ -207,4 +223,6 @@ def _spare() -> None:
     """Where the interpreter ends by itself after all: take what the zygote had loaded out of its tidying up."""
     for name in _State.known:
         if name in sys.modules:
-            _increment(sys.modules.pop(name))
+            _increment(sys.modules[name])
+            if name not in ("sys", "builtins"):  # the interpreter expects these to be there to its end
+                del sys.modules[name]

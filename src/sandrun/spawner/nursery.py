@@ -55,6 +55,7 @@ NAMESPACES = (
 )
 """A zygote has no cgroup namespace: CLONE_INTO_CGROUP out of one is ENOENT under nsdelegate."""
 
+ENVIRONMENT_BYTES = 4096
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -207,6 +208,7 @@ def _become(
             "PYTHONPATH": f"/proc/self/fd/{zygote.CODE}",
             "OPENBLAS_NUM_THREADS": "1",  # a zygote with threads can neither fork safely nor unshare
             "OMP_NUM_THREADS": "1",
+            "ROOM": "." * ENVIRONMENT_BYTES,  # jobs that this interpreter runs show their own variables there
         }
         os.execve(recipe.python, [recipe.python, "-m", script.MARKER], environment)
     except BaseException as error:
