@@ -23,6 +23,8 @@ INSIDE: dict[str, Any] = {
     "capabilities": NOTHING,
     "no_new_privs": 1,
     "seccomp": 2,
+    "calls_that_pass": [],
+    "landlock": 7,
     "descriptors": [0, 1, 2],
     "mounts": [
         ["/", "tmpfs", "ro,nosuid,nodev", "ro,size=16384k"],
@@ -58,7 +60,7 @@ def changed(found: dict[str, Any], field: str, value: object) -> dict[str, Any]:
 
 
 def inside(found: dict[str, Any], job_filter: bytes = b"program") -> None:
-    report.verify(found, cast(Spec, SimpleNamespace(nest=SimpleNamespace(job_filter=job_filter))))
+    report.verify(found, cast(Spec, SimpleNamespace(nest=SimpleNamespace(job_filter=job_filter, landlock=7))))
 
 
 def outside(found: dict[str, Any], **options: Any) -> None:
@@ -83,12 +85,15 @@ def with_mount(place: str, options: str) -> list[list[str]]:
         ("no_new_privs", 0, "no_new_privs"),
         ("seccomp", 0, "seccomp"),
         ("seccomp", 1, "seccomp"),
+        ("calls_that_pass", ["socket"], "calls that pass"),
+        ("landlock", 0, "landlock"),
         ("descriptors", [0, 1, 2, 7], "descriptors"),
         ("descriptors", [0, 1], "descriptors"),
         ("mounts", with_mount("/usr", "ro,nodev"), "the mount at /usr is ro,nodev, without nosuid"),
         ("mounts", with_mount("/job", "rw,nodev"), "the mount at /job is rw,nodev, without nosuid"),
         ("mounts", with_mount("/usr", "ro,nosuid"), "the mount at /usr is ro,nosuid, without nodev"),
         ("mounts", with_mount("/device", "ro,nosuid"), "the mount at /device is ro,nosuid, without nodev"),
+        ("mounts", with_mount("/dev/shm", "rw,nosuid"), "the mount at /dev/shm is rw,nosuid, without nodev"),
         ("mounts", with_mount("/usr", "rw,nosuid,nodev"), "the mount at /usr is rw,nosuid,nodev, not read-only"),
         ("mounts", with_mount("/proc", "rw,nosuid,nodev"), "the mount at /proc is rw,nosuid,nodev, not read-only"),
         ("work_directory", "(unreachable)/home", "work directory"),
