@@ -6,6 +6,7 @@ Exit codes: 0 stopped as asked, REFUSED for what a restart cannot mend (it has s
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import importlib
 import os
@@ -209,23 +210,36 @@ def bind(host: str, port: int) -> list[socket.socket]:
         accepted = "an address of this machine, 0.0.0.0 or ::"
         raise ConfigError(f"host: {host}: {error.strerror}; accepted: {accepted}") from None
     bound: list[socket.socket] = []
-    for family, kind, protocol, _name, address in dict.fromkeys(found):
-        listener = socket.socket(family, kind, protocol)
+    refused: OSError | None = None
+    for family, _kind, _protocol, _name, address in dict.fromkeys(found):
+        if port == 0 and bound:  # the same free port on all of them
+            address = (address[0], bound[0].getsockname()[1], *address[2:])
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if port == 0 and bound:  # the same free port on all of them
-                address = (address[0], bound[0].getsockname()[1], *address[2:])
-            listener.bind(address)
-            listener.listen(BACKLOG)
+            bound.append(_listener(family, address))
         except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # localhost on a host without IPv6
+                refused = error
+                break
+            refused = refused or error
+    if refused is not None and (not bound or refused.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
+        for listener in bound:
             listener.close()
-            for other in bound:
-                other.close()
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-        bound.append(listener)
+        raise ConfigError(f"cannot listen on {host} port {port}: {refused.strerror}")
     return bound
+
+
+def _listener(family: int, address: tuple[Any, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))  # "::" is IPv4 too
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _url(listener: socket.socket, *, tls: bool) -> str:

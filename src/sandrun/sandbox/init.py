@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import socket
+import time
 from typing import NoReturn
 
 from sandrun.linux import capabilities, process, seccomp
@@ -57,10 +58,12 @@ def _supervise(spec: Spec, pid: int) -> NoReturn:
         step = "supervise"
         assignment = Assignment()
         status = _wait(control, pid, wake, assignment)
+        ended = time.monotonic()
         step = "exit"
         hits = messages.HIT_STORAGE if _storage_full() else 0
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        exited = messages.Exited(hits, status, round((used.ru_utime + used.ru_stime) * 1e6), used.ru_maxrss * 1024)
+        cpu_us = round((used.ru_utime + used.ru_stime) * 1e6)
+        exited = messages.Exited(hits, status, cpu_us, used.ru_maxrss * 1024, ended)
         os.write(spec.control, exited.encode())
         if assignment.collect:
             step = "collector"

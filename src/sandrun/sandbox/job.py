@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 from typing import Any, NoReturn
 
 from sandrun.sandbox import collect, messages, report, rootfs, script, unpack
@@ -66,7 +67,7 @@ def _pass_gate(spec: Spec) -> dict[str, Any]:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         wishes["in_place"] = _runs_in_place(wishes)
-        gate.send(messages.RUNNING)
+        gate.send(messages.RUNNING + messages.encode_time(time.monotonic()))
         close(gate.detach(), spec.snapshot, *descriptors)
     except BaseException as error:
         raise StepFailed(step) from error

@@ -23,32 +23,48 @@ CONFINED = b"c"  # job: every wall stands; the tail is the report measured insid
 ASSIGN = b"a"  # spawner: descriptors wishes, outputs; `ASSIGN_COLLECT` if outputs are wanted
 ASSIGN_COLLECT = b"A"
 GO = b"g"  # spawner: the host sees the same; descriptors wishes, archive, stdin, stdout, stderr
-RUNNING = b"x"  # job: files are unpacked, the next call is the client's; the wall clock starts
+RUNNING = b"x"  # job: files are unpacked, the next call is the client's; the tail is the time, `encode_time`
 FAILED = b"f"  # init or job: step NUL errno NUL text
 EXITED = b"e"  # init: the entrypoint is over and every process with it
 DONE = b"d"  # init: outputs are collected
 END = b"k"  # spawner: kill the job, then go on as after its exit
 
-_EXITED = struct.Struct("<cBHiqq")
+_EXITED = struct.Struct("<cBHiqqd")
+_TIME = struct.Struct("<d")
+
+
+def encode_time(seconds: float) -> bytes:
+    """CLOCK_MONOTONIC where it was read: when a busy spawner hears of it is another time."""
+    return _TIME.pack(seconds)
+
+
+def decode_time(tail: bytes, earliest: float, latest: float) -> float:
+    """What `encode_time` made, brought into the only range that it can be in."""
+    told = _TIME.unpack(tail)[0] if len(tail) == _TIME.size else latest
+    return told if earliest <= told <= latest else latest
 
 
 class Exited(NamedTuple):
-    """`status` as waitpid(2) gives it; the times and the peak are getrusage(2)'s, for hosts without cgroups."""
+    """`status` as waitpid(2) gives it; CPU and the peak are getrusage(2)'s, for hosts without cgroups.
+
+    `ended` is the CLOCK_MONOTONIC second at which nothing of the job's was left.
+    """
 
     hits: int
     status: int
     cpu_us: int
     memory_peak: int
+    ended: float
 
     def encode(self) -> bytes:
-        return _EXITED.pack(EXITED, self.hits, 0, self.status, self.cpu_us, self.memory_peak)
+        return _EXITED.pack(EXITED, self.hits, 0, self.status, self.cpu_us, self.memory_peak, self.ended)
 
     @classmethod
     def decode(cls, message: bytes) -> Exited:
         if len(message) != _EXITED.size:
             raise ProtocolError(f"EXITED has {len(message)} bytes, not {_EXITED.size}")
-        _, hits, _, status, cpu, memory = _EXITED.unpack(message)
-        return cls(hits, status, cpu, memory)
+        _, hits, _, status, cpu, memory, ended = _EXITED.unpack(message)
+        return cls(hits, status, cpu, memory, ended)
 
 
 def failure(step: str, error: BaseException) -> bytes:

@@ -69,6 +69,7 @@ class Box:
         self.host = b""
         self.inside = b""
         self.exited: messages.Exited | None = None
+        self.assigned = 0.0
         self.started = 0.0
         self.ended = 0.0
         self.dead = False
@@ -123,7 +124,7 @@ class Box:
             self.timer = None
             self.tenant.parked(self)
         elif kind == messages.RUNNING and self.start is not None and not self.started:
-            self._run()
+            self._run(message[1:])
         else:
             self.fail(messages.failure("gate", ProtocolError(f"unexpected message {kind!r}")))
 
@@ -146,10 +147,11 @@ class Box:
             except ProtocolError as error:
                 self.fail(messages.failure("init", error))
                 return
-            self.ended = time.monotonic()
+            now = time.monotonic()
+            self.ended = self.exited.ended if self.started <= self.exited.ended <= now else now
             self._stop_timers()
             self._count_oom()
-            self.timer = self.server.loop.at(self.ended + COLLECT_SECONDS, self.kill)
+            self.timer = self.server.loop.at(now + COLLECT_SECONDS, self.kill)
         elif kind == messages.DONE and self.exited is not None:
             self._tell()  # init has reaped every process but itself: what is left to do can wait for the answer
         else:
@@ -243,6 +245,7 @@ class Box:
         `descriptors`: wishes, archive, stdin, stdout, stderr, outputs; they stay the caller's.
         """
         self.start, self.done = start, done
+        self.assigned = time.monotonic()
         self.timer = self.server.loop.after(SETUP_SECONDS, self.on_setup_deadline)
         step = "limits"
         try:
@@ -267,9 +270,9 @@ class Box:
             os.close(self.storage)
             self.storage = -1
 
-    def _run(self) -> None:
+    def _run(self, told: bytes) -> None:
         assert self.start is not None
-        self.started = time.monotonic()
+        self.started = messages.decode_time(told, self.assigned, time.monotonic())
         self.server.loop.drop(self.timer)
         self.timer = self.server.loop.at(self.started + self.start.wall_ms / 1000, self.on_wall_limit)
         if self.start.cpu_ms:
