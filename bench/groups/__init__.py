@@ -1,0 +1,1 @@
+"""What is measured: each module has groups, functions that give `Figure`s."""
