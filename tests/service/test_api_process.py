@@ -161,6 +161,42 @@ def test_server_speaks_tls_with_the_operators_certificate() -> None:
             assert child.wait(20) == 0
 
 
+# ---- slow clients ------------------------------------------------------------------------------------------
+
+
+def seconds_until_cut(port: int, first: bytes, then: bytes) -> float:
+    """How long a client lives that sends `first`, and then `then` one byte every half second; it must get 408."""
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=0.5) as connection:
+        connection.sendall(first)
+        got = b""
+        left = list(then)
+        while time.monotonic() - begun < 25:
+            try:
+                piece = connection.recv(4096)
+            except TimeoutError:
+                if left:
+                    connection.sendall(bytes([left.pop(0)]))
+                continue
+            if not piece:
+                break
+            got += piece
+        assert got.startswith(b"HTTP/1.1 408 "), got
+        return time.monotonic() - begun
+
+
+@pytest.mark.requirement(30)
+def test_slow_clients_are_cut_off_in_their_time(running_server: Server) -> None:
+    head = b"POST /run HTTP/1.1\r\nHost: localhost\r\n"
+    silent = Later(lambda: seconds_until_cut(running_server.port, b"", b""))
+    header = Later(lambda: seconds_until_cut(running_server.port, head, b"X: " + b"a" * 99))
+    body = Later(lambda: seconds_until_cut(running_server.port, head + b"Content-Length: 99\r\n\r\n", b" " * 98))
+    assert 4.9 < silent.result() < 9
+    assert 4.9 < header.result() < 9
+    assert 9.9 < body.result() < 15
+    assert httpx2.get(f"{running_server.url}/health").status_code == 200
+
+
 # ---- what it leaves ----------------------------------------------------------------------------------------
 
 
