@@ -123,7 +123,8 @@ class Server:
                 with contextlib.suppress(OSError):
                     os.kill(p.pid, signal.SIGKILL)
         assert not left, f"processes outlived the server: {described}\n{self.tail()}"
-        assert not host.in_namespaces(names), "a namespace of the server's is still inhabited"
+        inhabited = not wait_until(lambda: not host.in_namespaces(names), GONE_SECONDS)  # who was born while we looked
+        assert not inhabited, f"namespaces of the server's are inhabited: {[p.title for p in host.in_namespaces(names)]}"
         if how != signal.SIGKILL:
             assert not host.own_cgroups(pids), "cgroups outlived the server"
         new = {m for m in host.mounts() if "sandrun" in m and str(Path(sys.prefix).parent) not in m}
