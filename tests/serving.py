@@ -124,7 +124,7 @@ class Server:
                     os.kill(p.pid, signal.SIGKILL)
         assert not left, f"processes outlived the server: {described}\n{self.tail()}"
         inhabited = not wait_until(lambda: not host.in_namespaces(names), GONE_SECONDS)  # who was born while we looked
-        assert not inhabited, f"namespaces of the server's are inhabited: {[p.title for p in host.in_namespaces(names)]}"
+        assert not inhabited, f"namespaces are still inhabited: {[p.title for p in host.in_namespaces(names)]}"
         if how != signal.SIGKILL:
             assert not host.own_cgroups(pids), "cgroups outlived the server"
         new = {m for m in host.mounts() if "sandrun" in m and str(Path(sys.prefix).parent) not in m}
