@@ -21,7 +21,7 @@ def leaks(context: Context) -> Outcome:
     steps = context.counts.leaks
     program = programs.hello()
     found: list[Holdings] = []
-    patience = min(4.0, 2 * context.counts.settle_seconds)
+    patience = min(12.0, 2 * context.counts.settle_seconds)  # the number of parked sandboxes follows slowly
     with server.running() as ours:
         before = processes.settled(ours.pid, patience)
         failed = done = 0

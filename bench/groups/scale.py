@@ -47,7 +47,9 @@ def _room(wanted: int) -> tuple[tuple[str, ...], int]:
 def sleepers(context: Context) -> Outcome:
     outcome = Outcome()
     flags, number = _room(context.counts.sleepers)
-    note = f"only {number} at once: --memory-share has no room for more" if number < context.counts.sleepers else ""
+    notes = []
+    if number < context.counts.sleepers:
+        notes.append(f"only {number} at once: --memory-share has no room for more")
     archive = wire.tarball({"main.py": f"import time; time.sleep({context.counts.sleep_seconds})".encode()})
     request = wire.submit(
         archive, {"entrypoint": "main.py", "memory_mb": ASLEEP_MB, "timeout": 290, "outputs": ["nothing"]}
@@ -72,9 +74,9 @@ def sleepers(context: Context) -> Outcome:
             states[str(result["outcome"] if result["status"] == "failed" else "completed")] += 1
         connection.close()
     if not running:
-        note = f"{note}; {alive} sandboxes lived at most at once"
+        notes.append(f"no more than {alive} sandboxes lived at once")
     asked = context.counts.sleepers
-    outcome.put("sleepers", 100 * states["completed"] / asked, note, states, start_seconds=round(started, 2))
+    outcome.put("sleepers", 100 * states["completed"] / asked, "; ".join(notes), states, start_seconds=round(started, 2))
     outcome.put("sleepers-memory", each, f"{alive} at once, their zygote and the server's growth included")
     outcome.put("sleepers-hello", ratio(beside, idle), idle_ms=idle * 1000, beside_ms=beside * 1000)
     return outcome
