@@ -283,7 +283,7 @@ def held(
             found[:] = [one for members in server.sandboxes() for one in members if comm(one.pid) == token]
             return bool(found)
 
-        assert wait_until(find, 30), (inside.api.wait(job_id, 5), inside.api.logs(job_id, "stderr"))
+        assert wait_until(find, 15), (inside.api.wait(job_id, 5), inside.api.logs(job_id, "stderr"))
         yield Held(inside.api, job_id, found[0], server)
     finally:
         inside.api.http.post(f"/jobs/{job_id}/cancel")
