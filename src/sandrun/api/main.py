@@ -28,7 +28,7 @@ from sandrun.api.context import Context
 from sandrun.config import Config
 from sandrun.errors import ConfigError, ProtocolError, SandrunError
 from sandrun.jobs.service import JobService
-from sandrun.linux import process
+from sandrun.linux import ids, process
 from sandrun.spawner.client import SpawnerClient
 
 REFUSED = 1
@@ -114,7 +114,7 @@ def _run(config: Config, spawner: socket.socket, control: socket.socket) -> int:
     gc.collect()
     gc.freeze()
     report = lockdown.lock_down(
-        lockdown.Wanted(user=config.user, uid=config.uid_base, waived=config.waived, parent=os.getppid())
+        lockdown.Wanted(user=config.user, uid=ids.choose_base(config.uid_base, 1) if os.geteuid() == 0 else config.uid_base, waived=config.waived, parent=os.getppid())
     )
     if report.missing:
         structlog.get_logger().warning("walls_missing", missing=report.missing)

@@ -14,13 +14,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from sandrun.errors import SetupError
-from sandrun.linux import process
+from sandrun.linux import ids, process
 from sandrun.linux.cgroup import Cgroup
 from sandrun.sandbox import messages, rootfs, script
 from sandrun.spawner import protocol, zygote
-
-IDS = 65536
-"""Host ids of a zygote in root mode: 0 is its own, then two for each sandbox."""
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
@@ -66,7 +63,7 @@ class Recipe(NamedTuple):
         name: of the environment, "" for the bare interpreter.
         environment: the environment's folder on the host, or None.
         python: path of the interpreter inside.
-        uid_base: first of its IDS host ids, or None with one uid.
+        uid_base: first of its `ids.BLOCK` host ids (0 inside is its own, then two a sandbox), or None with one uid.
         nest: keyword arguments of `sandbox.spec.Nest`, filters in hexadecimal.
     """
 
@@ -159,8 +156,8 @@ def _write_maps(pid: int, base: int | None) -> None:
     if base is None:  # one uid: gid_map is EPERM unless setgroups(2) is given up first, user_namespaces(7)
         files = (("setgroups", b"deny"), ("gid_map", b"0 %d 1" % os.getegid()), ("uid_map", b"0 %d 1" % os.geteuid()))
     else:
-        ids = b"0 %d %d" % (base, IDS)
-        files = (("setgroups", b"allow"), ("gid_map", ids), ("uid_map", ids))
+        text = b"0 %d %d" % (base, ids.BLOCK)
+        files = (("setgroups", b"allow"), ("gid_map", text), ("uid_map", text))
     for name, data in files:
         descriptor = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -236,22 +233,3 @@ def _give_up(channel: int, step: str, error: BaseException) -> NoReturn:
         os.write(channel, protocol.encode_refused(0, messages.failure(step, error)))
     finally:
         os._exit(1)
-
-
-def choose_uid_base(uid_map: str, wanted: int, zygotes: int) -> int:
-    """First host id of `zygotes` ranges of IDS ids: `wanted` if the own map has them, else at its end.
-
-    `uid_map` is the text of /proc/self/uid_map: a server in a container is root over a part of the host's ids only.
-    Raises: SetupError if there is no room.
-    """
-    need = IDS * zygotes
-    best = (0, 0)
-    for line in uid_map.splitlines():
-        inside, _, count = (int(word) for word in line.split())
-        if inside <= wanted and wanted + need <= inside + count:
-            return wanted
-        best = max(best, (count, inside))
-    count, inside = best
-    if count < need + IDS:
-        raise SetupError("uid range", 0, f"root here has {count} ids; {need + IDS} are needed (user_namespaces(7))")
-    return (inside + count - need) // IDS * IDS

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from sandrun.environments import Environment
 from sandrun.errors import MissingLayer, ProtocolError, SandrunError, SetupError
-from sandrun.linux import cgroup, process
+from sandrun.linux import cgroup, ids, process
 from sandrun.sandbox import messages, rootfs
 from sandrun.spawner import interpreters, nursery, protocol
 from sandrun.spawner.box import CANCELLED, SETUP_FAILED, Box
@@ -134,7 +134,7 @@ class Server:
                 rootfs=settings.rootfs,
                 python=argvs["python3"][0],
                 preload=(),
-                uid_base=None if base is None else base + nursery.IDS * number,
+                uid_base=None if base is None else base + ids.BLOCK * number,
                 nest=self.walls.nest(argvs, path, inside),
             )
             group = cgroups.group(f"z{number}") if cgroups.mode != "none" else None

@@ -6,9 +6,8 @@ import os
 from typing import Any
 
 from sandrun.errors import MissingLayer
-from sandrun.linux import cgroup, landlock
+from sandrun.linux import cgroup, ids, landlock
 from sandrun.sandbox import policy, report, rootfs
-from sandrun.spawner import nursery
 
 LAYER_OF = {"mnt": "mount", "cgroup": "cgroupns"}
 """Namespaces whose layer has another name than their file in /proc/PID/ns."""
@@ -23,7 +22,7 @@ class Walls:
         landlock: ABI, 0 for none.
         noswap: tmpfs can be kept from swap by itself (Linux 6.4).
         swap_closed: no page of a job's reaches a swap device.
-        uid_base: first host id, None with one uid.
+        uid_base: first host id of the sandboxes, None with one uid.
     """
 
     def __init__(self, cgroups: cgroup.Cgroups, waived: frozenset[str], uid_base: int, environments: int) -> None:
@@ -55,8 +54,7 @@ class Walls:
         self.uid_base: int | None = None
         if os.geteuid() == 0:
             self.noswap = _takes_noswap()
-            with open("/proc/self/uid_map") as file:
-                self.uid_base = nursery.choose_uid_base(file.read(), uid_base, environments)
+            self.uid_base = ids.choose_base(uid_base, 1 + environments) + ids.BLOCK  # the first block is api's
         self.core_limit = 1 if _cores_are_piped() else 0
 
     def describe(self) -> dict[str, Any]:

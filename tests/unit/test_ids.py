@@ -1,0 +1,21 @@
+"""Which host ids a server takes: its own block, and one a zygote, out of what its own map has."""
+
+import pytest
+
+from sandrun.errors import SetupError
+from sandrun.linux.ids import BLOCK, choose_base
+
+HOST = "         0          0 4294967295\n"
+
+
+def test_the_wanted_ids_are_taken_where_root_has_them():
+    assert choose_base(1879048192, 3, uid_map=HOST) == 1879048192
+
+
+def test_root_of_a_part_of_the_ids_takes_the_second_block_of_its_largest_part():
+    assert choose_base(1879048192, 2, uid_map="0 100000 1\n1000 200000 400000\n") == 1000 + BLOCK
+
+
+def test_too_few_ids_are_an_error_that_says_how_many_are_needed():
+    with pytest.raises(SetupError, match="root here has 65536 ids; 131072 are needed"):
+        choose_base(1879048192, 1, uid_map="0 100000 65536\n")
