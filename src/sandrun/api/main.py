@@ -113,8 +113,9 @@ def _run(config: Config, spawner: socket.socket, control: socket.socket) -> int:
     settings = uvicorn_config(config, gate, registry)
     gc.collect()
     gc.freeze()
+    uid = ids.choose_base(config.uid_base, 1) if os.geteuid() == 0 else os.geteuid()
     report = lockdown.lock_down(
-        lockdown.Wanted(user=config.user, uid=ids.choose_base(config.uid_base, 1) if os.geteuid() == 0 else config.uid_base, waived=config.waived, parent=os.getppid())
+        lockdown.Wanted(user=config.user, uid=uid, waived=config.waived, parent=os.getppid())
     )
     if report.missing:
         structlog.get_logger().warning("walls_missing", missing=report.missing)

@@ -355,7 +355,7 @@ class Tenant:
         """A sandbox could not be built: the job that it was for ends so, and nothing else is tried for it."""
         if self.queue:
             end_unbuilt(self.queue.pop(next(iter(self.queue))), SETUP_FAILED, failure)
-        else:
+        elif not self.server.stopping:
             step, _, details = messages.read_failure(failure)
             self.server.log(f"environment {self.title}: a sandbox could not be built: {step}: {details}")
             self._rests_until = time.monotonic() + REST_SECONDS
