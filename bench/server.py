@@ -120,8 +120,8 @@ def _await_answer(server: Server) -> None:
     while True:
         if server.process.poll() is not None:
             raise ServerFailed(f"the server ended with {server.process.returncode}: {server.tail()}")
-        with contextlib.suppress(OSError, wire.Failed):
-            server.connection().json(wire.get("/health"))
+        with contextlib.suppress(OSError, wire.Failed), contextlib.closing(server.connection()) as connection:
+            connection.json(wire.get("/health"))
             return
         if time.monotonic() > end:
             raise ServerFailed(f"no answer within {START_SECONDS:g} s: {server.tail()}")

@@ -185,12 +185,10 @@ def open_websocket(port: int, path: str, source: str) -> socket.socket:
         f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
     )
     head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        piece = connection.recv(1)
-        if not piece:
-            raise Failed("the server closed a WebSocket in its handshake")
+    while not head.endswith(b"\r\n\r\n") and (piece := connection.recv(1)):
         head += piece
     if b" 101 " not in head.partition(b"\r\n")[0]:
+        connection.close()
         raise Failed(f"no WebSocket: {head[:200]!r}")
     return connection
 

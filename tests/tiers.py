@@ -1,7 +1,7 @@
 """Runs the tests in tiers, each in the surroundings that it is for, and closes with one summary.
 
     ./scripts/test                  all tiers
-    ./scripts/test TIER [ARGS]      one: unit kernel service escape user vm; ARGS go to pytest
+    ./scripts/test TIER [ARGS]      one: unit kernel service escape bench user vm; ARGS go to pytest
     ./scripts/test mutations        takes each protection away and sees its tests fail (tests/mutations.py)
 
 Each tier's report lies in .test-results/TIER.xml; ./scripts/check reads them. A tier that this host cannot run at all
@@ -294,6 +294,7 @@ TIERS: dict[str, tuple[Tier, str, float]] = {
     "kernel": (native("kernel"), "as root on this host's cgroups", 300),
     "service": (native("service"), "as root on this host's cgroups", 480),
     "escape": (native("escape"), "as root on this host's cgroups", 480),
+    "bench": (native("bench"), "as root on this host's cgroups", 240),
     "user": (user, "as an ordinary user with one uid and no cgroup", 480),
     "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 1200),
 }

@@ -76,7 +76,8 @@ def sleepers(context: Context) -> Outcome:
     if not running:
         notes.append(f"no more than {alive} sandboxes lived at once")
     asked = context.counts.sleepers
-    outcome.put("sleepers", 100 * states["completed"] / asked, "; ".join(notes), states, start_seconds=round(started, 2))
+    details = {**states, "start_seconds": round(started, 2)}
+    outcome.put("sleepers", 100 * states["completed"] / asked, "; ".join(notes), details)
     outcome.put("sleepers-memory", each, f"{alive} at once, their zygote and the server's growth included")
     outcome.put("sleepers-hello", ratio(beside, idle), idle_ms=idle * 1000, beside_ms=beside * 1000)
     return outcome
