@@ -3,8 +3,8 @@
     sudo .venv/bin/python -m bench.stages [--jobs N] [--code CODE] [--interpreter NAME] [--show]
 
 The kernel writes down when each call of api, spawner, init and job began and ended (tracefs, an instance of our own).
-Marks among them cut the time from the request's first byte to the answer's last into stages. Tracing costs about a tenth
-of the time that it measures.
+Marks among them cut the time from the request's first byte to the answer's last into stages. Tracing costs about a
+tenth of the time that it measures.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Call:
 
 
 @contextlib.contextmanager
-def tracing(pids: list[int]) -> Iterator[Path]:
+def tracing(pids: list[int], events: tuple[str, ...] = EVENTS) -> Iterator[Path]:
     """Record what these processes and their children do. Yields: the folder; `trace` in it has what was recorded."""
     folder = TRACING / "instances/sandrun-bench"
     folder.mkdir(exist_ok=True)
@@ -57,14 +57,14 @@ def tracing(pids: list[int]) -> Iterator[Path]:
         (folder / "buffer_size_kb").write_text("16384")
         (folder / "options/event-fork").write_text("1")
         (folder / "set_event_pid").write_text(" ".join(str(pid) for pid in pids))
-        for event in EVENTS:
+        for event in events:
             (folder / "events" / event / "enable").write_text("1")
         (folder / "trace").write_text("")
         (folder / "tracing_on").write_text("1")
         yield folder
     finally:
         (folder / "tracing_on").write_text("0")
-        for event in EVENTS:
+        for event in events:
             (folder / "events" / event / "enable").write_text("0")
         folder.rmdir()
 
