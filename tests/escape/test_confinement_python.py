@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import re
 import subprocess
+import sys
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from tests.escape.probing import FRESH, IN_PLACE, PROGRAMS, PYTHON, Inside, Kind
 from tests.serving import Api
 
 pytestmark = pytest.mark.requirement(36)
+VERSION = sys.version_info[:2]
 
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -69,6 +73,23 @@ def scripts() -> dict[str, Program]:
     return found
 
 
+def zipped(files: Mapping[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return buffer.getvalue()
+
+
+def bytecode(source: str) -> bytes:
+    """What the interpreter of jobs, not ours, compiles this to."""
+    code = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[2], 'source.py', True)"
+    with tempfile.TemporaryDirectory(prefix="sandrun-test-") as folder:
+        Path(f"{folder}/a.py").write_text(source)
+        subprocess.run([PYTHON, "-c", code, f"{folder}/a.py", f"{folder}/a.pyc"], check=True, timeout=60)
+        return Path(f"{folder}/a.pyc").read_bytes()
+
+
 STATUSES = ("", "0", "3", "255", "256", "-1", "None", "True", "2**40", "'said'", "('a', 1)", "1.5", "b'x'", "[]")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSEGV", "SIGHUP", "SIGUSR1", "SIGALRM", "SIGXCPU", "SIGRTMIN")
 KILL = "import os, signal\nprint(1, flush=True)\nos.kill(os.getpid(), signal.{})\n"
@@ -84,8 +105,32 @@ SCRIPTS = {
     "unknown cookie": Program(b"# -*- coding: nonsense -*-\nprint(1)\n"),
     "byte order mark": Program(b"\xef\xbb\xbfprint('bom')\n"),
     "carriage returns": Program(b"1\r\nx = '''a\r\nb'''\r\nprint(repr(x))\r\n"),
+    "zip archive": Program(
+        zipped(
+            {
+                "__main__.py": "import sys, b\nprint(__name__, __file__, sys.path[0], sys.argv, b.x)\n1/0\n",
+                "b.py": "x=1\n",
+            }
+        ),
+        entry="main.pyz",
+        args=("a",),
+    ),
+    "zip archive without a main": Program(zipped({"b.py": "x = 1\n"}), entry="main.pyz"),
+    "bytecode": Program(bytecode("print(__name__, __file__)\n1 / 0\n"), entry="main.pyc"),
     "old carriage returns": Program(b"print(1)\rprint(2)\r"),
 }
+OTHERWISE = {
+    "recursion": "two frames of ours are below the script's",
+    "recursion depth": "two frames of ours are below the script's",
+    "faulthandler": "it shows one of them, as below `python3 -m`",
+    "faulthandler dump": "it shows one of them, as below `python3 -m`",
+    "atexit count": "one handler is ours",
+    "del opens a file": "another order of names at the very end",
+    "del on a library module": "what the zygote had loaded is not taken apart",
+    "del on builtins": "what the zygote had loaded is not taken apart",
+    "is_finalizing": "what the script made is taken apart before the interpreter",
+}
+"""What is known to differ in place, and why; a job that minds asks for a `fresh_interpreter`."""
 LOOKING = [name for name, one in SCRIPTS.items() if one.looks]
 
 
@@ -145,12 +190,18 @@ def expected(name: str) -> Ran:
         return run_outside(SCRIPTS[name], Path(folder))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def in_place(name: str) -> Any:
+    if name not in OTHERWISE:
+        return name
+    return pytest.param(name, marks=pytest.mark.xfail(reason=OTHERWISE[name], strict=VERSION == (3, 11)))
+
+
+@pytest.mark.parametrize("name", [in_place(name) for name in SCRIPTS])
 def test_script_in_place_does_what_it_does_outside(name: str, api: Api) -> None:
     assert run_inside(IN_PLACE, SCRIPTS[name], api) == expected(name)
 
 
-@pytest.mark.parametrize("name", LOOKING)
+@pytest.mark.parametrize("name", [*LOOKING, *OTHERWISE])
 def test_script_in_a_fresh_interpreter_does_what_it_does_outside(name: str, api: Api) -> None:
     assert run_inside(FRESH, SCRIPTS[name], api) == expected(name)
 
