@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -109,9 +110,14 @@ def namespaces_of(members: Iterable[Process]) -> set[str]:
     return {name for p in members for name in p.namespaces().values()}
 
 
-def in_namespaces(names: set[str]) -> list[Process]:
-    """Processes that live in one of these namespaces."""
-    return [p for p in processes() if names & set(p.namespaces().values())]
+def now() -> int:
+    """As `Process.started` tells time: clock ticks since boot."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def in_namespaces(names: set[str], born_by: int) -> list[Process]:
+    """Processes of before `born_by` that live in one of these namespaces: a number is soon another namespace's."""
+    return [p for p in processes() if p.started <= born_by and p.alive and names & set(p.namespaces().values())]
 
 
 def own_cgroups(pids: set[int]) -> list[str]:

@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +179,7 @@ async def spawned(
     finally:
         left = host.descendants(pid)
         names = host.namespaces_of(left)
-        end = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")  # as /proc/PID/stat has it
+        end = host.now()
         client.close()
         overdue = not select.select([pidfd], [], [], END_SECONDS)[0]
         if overdue:
@@ -191,13 +190,7 @@ async def spawned(
     assert status in (0, 1), f"the spawner ended with {status}\n{one.text()}"
     assert "Traceback" not in one.text(), one.text()
     assert serving.wait_until(lambda: not [p for p in left if p.alive], serving.GONE_SECONDS)
-    inhabitants: list[host.Process] = []
-
-    def inhabited() -> bool:  # by who was there before the end: a namespace's number is soon another's
-        inhabitants[:] = [p for p in host.in_namespaces(names) if p.started <= end and p.alive]
-        return bool(inhabitants)
-
-    assert serving.wait_until(lambda: not inhabited(), serving.GONE_SECONDS), f"{names} hold {inhabitants}"
+    assert serving.wait_until(lambda: not host.in_namespaces(names, end), serving.GONE_SECONDS), names
     assert not host.own_cgroups({pid}), "cgroups outlived the spawner"
     assert host.mounts() == mounted, "mounts outlived the spawner"
 
