@@ -1,0 +1,188 @@
+"""Processes and threads: exactly so many, whatever makes them, and what a fork bomb does to others."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import serving
+from tests.escape.limits import metadata, need
+from tests.serving import Api
+
+pytestmark = pytest.mark.requirement(20)
+
+
+@pytest.fixture(autouse=True)
+def _limited(shared_api: Api) -> None:
+    """Without a limit a bomb would be the host's."""
+    need(shared_api, "pids")
+
+
+THREADS = """
+import os, threading
+stop, made = threading.Event(), 0
+threads = []
+while True:
+    thread = threading.Thread(target=stop.wait)
+    try:
+        thread.start()
+    except RuntimeError:
+        break
+    made += 1
+    threads.append(thread)
+try:
+    os.fork()
+except OSError as error:
+    print(made + 1, error.errno)
+stop.set()
+"""
+PROCESSES = """
+import os, signal
+made = []
+while True:
+    try:
+        child = os.fork()
+    except OSError as error:
+        print(len(made) + 1, error.errno)
+        break
+    if child == 0:
+        signal.pause()
+    made.append(child)
+for child in made:
+    os.kill(child, 9)
+"""
+MIXED = """
+import os, signal, threading, time
+children, stop = 0, threading.Event()
+while True:
+    try:
+        if os.fork() == 0:
+            threading.Thread(target=stop.wait).start()  # two tasks each
+            signal.pause()
+        children += 1
+    except OSError as error:
+        errno = error.errno
+        break
+    time.sleep(0.02)
+tasks = sum(len(os.listdir(f"/proc/{name}/task")) for name in os.listdir("/proc") if name.isdigit() and name != "1")
+print(tasks, errno)
+os.kill(-1, 9)
+"""
+
+
+@pytest.mark.parametrize("code", [THREADS, PROCESSES], ids=["threads", "processes"])
+@pytest.mark.parametrize("processes", [1, 2, 10, 100])
+def test_tasks_are_exactly_as_many_as_asked_for(processes: int, code: str, api: Api) -> None:
+    """Then EAGAIN; the job goes on."""
+    result = api.run(code, processes=processes)
+    assert (result["outcome"], result["exit_code"], result["stdout"]) == ("exited", 0, f"{processes} 11\n")
+    assert result["limits_hit"] == ["processes"]
+    if metadata(result)["processes_peak"] is not None:
+        assert metadata(result)["processes_peak"] == processes
+
+
+def test_threads_of_children_count(api: Api) -> None:
+    result = api.run(MIXED, processes=20)
+    assert result["outcome"] == "exited", result
+    tasks, errno = result["stdout"].split()
+    assert (int(tasks), errno) == (20, "11")
+    assert result["limits_hit"] == ["processes"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_limit_is_the_same_in_a_fresh_interpreter(fresh: bool, api: Api) -> None:
+    assert api.run(PROCESSES, processes=5, fresh_interpreter=fresh)["stdout"] == "5 11\n"
+
+
+def test_job_within_its_limit_has_not_met_it(api: Api) -> None:
+    code = """
+import threading
+threads = [threading.Thread(target=lambda: None) for _ in range(9)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    assert api.run(code, processes=10)["limits_hit"] == []
+
+
+def test_node_and_shells_are_counted_alike(api: Api) -> None:
+    code = "for i in 1 2 3 4 5 6; do sleep 1 & done; wait\n"
+    result = api.run(code, interpreter="bash", processes=4, timeout=20)
+    assert "fork" in result["stderr"]
+    assert result["limits_hit"] == ["processes"]
+
+
+# ---- bombs -------------------------------------------------------------------------------------------------
+
+BOMBS = {
+    "forks": """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+""",
+    "forks into sessions of their own, deaf to all signals": """
+import os, signal
+for number in range(1, 65):
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError):
+        pass
+while True:
+    try:
+        if os.fork() == 0:
+            os.setsid()
+    except OSError:
+        pass
+""",
+    "a generation after the other": """
+import os
+first = os.getpid()
+for _ in range(30):
+    if os.fork() == 0:
+        break
+while True:
+    try:
+        if os.fork() and os.getpid() != first:
+            os._exit(0)
+    except OSError:
+        pass
+""",
+    "threads": """
+import threading, time
+def spin():
+    while True:
+        try:
+            threading.Thread(target=spin).start()
+        except RuntimeError:
+            pass
+spin()
+""",
+}
+
+
+@pytest.mark.requirement(21)
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bomb_ends_with_its_job(bomb: str, api: Api, running_server: serving.Server) -> None:
+    result = api.run("print('begun', flush=True)\n" + BOMBS[bomb], timeout=2)
+    assert (result["outcome"], result["stdout"]) == ("timeout", "begun\n")
+    assert metadata(result)["wall_seconds"] < 3
+    assert "processes" in result["limits_hit"]
+    assert running_server.idle()
+
+
+@pytest.mark.needs("bash")
+def test_the_classic_bomb_ends_with_its_job(api: Api, running_server: serving.Server) -> None:
+    result = api.run("bomb() { bomb | bomb & }; bomb; sleep 60\n", interpreter="bash", timeout=2)
+    assert result["outcome"] in ("timeout", "exited"), result
+    assert metadata(result)["wall_seconds"] < 3
+    assert running_server.idle()
+
+
+def test_bomb_whose_parent_exits_ends_with_it(api: Api, running_server: serving.Server) -> None:
+    """The entrypoint is over at once, its children fork on."""
+    code = "import os, time\nif os.fork() == 0:\n" + "".join(f"    {line}\n" for line in BOMBS["forks"].splitlines())
+    result = api.run(code + "\ntime.sleep(0.3)\nprint('over', flush=True)\nos._exit(0)\n", timeout=20)
+    assert (result["outcome"], result["exit_code"], result["stdout"]) == ("exited", 0, "over\n")
+    assert metadata(result)["wall_seconds"] < 3
+    assert running_server.idle()
