@@ -9,6 +9,7 @@ import json
 import os
 import pkgutil
 import resource
+import select
 import socket
 import ssl
 import subprocess
@@ -247,7 +248,7 @@ def test_process_dies_with_its_parent() -> None:
         if child == 0:
             lockdown.lock_down(lockdown.Wanted(parent=parent))
             os.write(writer, b"up")
-            threading.Event().wait(30)
+            threading.Event().wait(10)
             os._exit(1)
         os.close(writer)
         os.read(reader, 2)
@@ -255,7 +256,26 @@ def test_process_dies_with_its_parent() -> None:
     os.close(writer)
     os.waitpid(middle, 0)
     with os.fdopen(reader, "rb") as end:
-        assert end.read() in (b"", b"up")  # end of file: nobody holds the other end any more
+        ready, _, _ = select.select([end], [], [], 3)  # end of file: nobody holds the other end any more
+        assert ready
+        assert end.read() == b""
+
+
+def test_parent_that_died_before_is_noticed() -> None:
+    """The kernel signals a death that comes, not one that has come."""
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+
+    def attempt() -> str:
+        try:
+            lockdown.lock_down(lockdown.Wanted(parent=gone))
+        except OSError as error:
+            return str(error)
+        return "up"
+
+    assert "the supervisor is gone" in in_child(attempt)
 
 
 # ---- each is noticed when it is not ------------------------------------------------------------------------

@@ -91,8 +91,8 @@ def test_jobs_beyond_the_grace_period_are_cancelled_and_told(start_server: Start
 
 @pytest.mark.requirement(35)
 def test_second_signal_stops_now(start_server: StartServer) -> None:
-    server = start_server("--grace-seconds", "60")
-    asked = Later(lambda: post(server.url, code="import time; time.sleep(60)", timeout=60))
+    server = start_server("--grace-seconds", "15")
+    asked = Later(lambda: post(server.url, code="import time; time.sleep(15)", timeout=60))
     assert wait_until(lambda: running_jobs(server.url) == 1, 10)
     server.process.send_signal(signal.SIGTERM)
     assert wait_until(lambda: httpx2.get(f"{server.url}/health").json()["status"] == "draining", 5)

@@ -208,7 +208,7 @@ async def test_reader_who_leaves_costs_nothing_more(api: World) -> None:
 
 async def test_client_that_talks_to_the_log_is_ended(api: World) -> None:
     job_id, sandbox = await api.submit()
-    async with following(api, job_id) as stream:
+    async with asyncio.timeout(10), following(api, job_id) as stream:
         for _ in range(streams.IDLE_MESSAGES + 10):
             await stream.send("hello?")
         await stream.wait_closed()
