@@ -271,24 +271,35 @@ def held(
     **manifest: Any,
 ) -> Iterator[Held]:
     """A Python job that runs `code` when it is known to the host; cancelled at the end."""
-    token = f"t{os.urandom(6).hex()}"
-    whole = _SAY_TOKEN + code
-    job_id = inside.api.submit(
-        inside.kind.job(whole, files or {}), **{**inside.kind.manifest, "args": [token], **manifest}
-    )
+    token = new_token()
+    job = inside.kind.job(_SAY_TOKEN + code, files or {})
+    with holding(inside.api, server, token, job, **{**inside.kind.manifest, "args": [token], **manifest}) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def holding(api: Api, server: Server, token: str, files: Mapping[str, str | bytes], **manifest: Any) -> Iterator[Held]:
+    """Any job, of which a process carries `token` as its name or in its arguments; cancelled at the end."""
+    job_id = api.submit(files, **manifest)
     try:
         found: list[host.Process] = []
 
         def find() -> bool:
-            found[:] = [one for members in server.sandboxes() for one in members if comm(one.pid) == token]
+            members = [one for sandbox in server.sandboxes() for one in sandbox[1:]]
+            found[:] = [one for one in members if comm(one.pid) == token or token in one.title]
             return bool(found)
 
-        assert wait_until(find, 15), (inside.api.wait(job_id, 5), inside.api.logs(job_id, "stderr"))
-        yield Held(inside.api, job_id, found[0], server)
+        assert wait_until(find, 15), (api.wait(job_id, 5), api.logs(job_id, "stderr"))
+        yield Held(api, job_id, found[0], server)
     finally:
-        inside.api.http.post(f"/jobs/{job_id}/cancel")
-        inside.api.wait(job_id)
-        inside.api.http.delete(f"/jobs/{job_id}")
+        api.http.post(f"/jobs/{job_id}/cancel")
+        api.wait(job_id)
+        api.http.delete(f"/jobs/{job_id}")
+
+
+def new_token() -> str:
+    """Short enough to be a process's name."""
+    return f"t{os.urandom(6).hex()}"
 
 
 def comm(pid: int) -> str:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import host
-from tests.escape.probing import COMPILED, PYTHONS, Held, Inside, comm, compiled, held, program, succeeded
-from tests.serving import Api, Server, wait_until
+from tests.escape.probing import COMPILED, PYTHONS, Held, Inside, compiled, held, holding, new_token, program, succeeded
+from tests.serving import Api, Server
 
 pytestmark = pytest.mark.requirement(38)
 
@@ -104,26 +103,17 @@ def test_python_waits_are_as_long_as_they_should(
         assert result["stderr"] == ""
 
 
-def test_system_calls_go_on_where_they_were(pauser: Pauser, insides: dict[str, Inside], running_server: Server) -> None:
+def test_system_calls_go_on_where_they_were(
+    pauser: Pauser, insides: dict[str, Inside], running_server: Server, api: Api
+) -> None:
     """By restart_syscall(2), which the filter must let through."""
-    api = insides["compiled"].api
-    token = f"t{os.urandom(6).hex()}"
-    job_id = api.submit(COMPILED.job(compiled("waits.c"), {}), **{**COMPILED.manifest, "args": [token]})
-    found: list[host.Process] = []
-
-    def find() -> bool:
-        members = [one for sandbox in running_server.sandboxes() for one in sandbox]
-        found[:] = [one for one in members if comm(one.pid) == token]
-        return bool(found)
-
-    assert wait_until(find, 15)
-    job = Held(api, job_id, found[0], running_server)
-    try:
-        with paused_again_and_again(job, pauser) as times:
-            result = job.wait()
-    finally:
-        api.http.post(f"/jobs/{job_id}/cancel")
-        api.wait(job_id)
+    token = new_token()
+    files = COMPILED.job(compiled("waits.c"), {})
+    with (
+        holding(api, running_server, token, files, **{**COMPILED.manifest, "args": [token]}) as job,
+        paused_again_and_again(job, pauser) as times,
+    ):
+        result = job.wait()
     assert times[0] > 10
     assert succeeded(result)["stdout"] == "done\n"
 
@@ -156,18 +146,11 @@ def test_other_programs_wait_as_long_as_they_should(
     name: str, code: str, expected: str, pauser: Pauser, running_server: Server, api: Api
 ) -> None:
     more = {"interpreter": "bash"} if name == "main.sh" else {}
-    marked = name.replace("main", f"m{os.urandom(6).hex()}")
-    job_id = api.submit({marked: code}, entrypoint=marked, **more)
-    found: list[host.Process] = []
-
-    def find() -> bool:
-        members = [one for sandbox in running_server.sandboxes() for one in sandbox[1:]]
-        found[:] = [one for one in members if marked in one.title]
-        return bool(found)
-
-    assert wait_until(find, 15)
-    job = Held(api, job_id, found[0], running_server)
-    with paused_again_and_again(job, pauser):
+    entrypoint = name.replace("main", token := new_token())
+    with (
+        holding(api, running_server, token, {entrypoint: code}, entrypoint=entrypoint, **more) as job,
+        paused_again_and_again(job, pauser),
+    ):
         result = job.wait()
     assert succeeded(result)["stdout"] == expected
 

@@ -156,7 +156,7 @@ class SpawnerClient:
         try:
             for _ in range(3):
                 reader, writer = os.pipe2(os.O_CLOEXEC)
-                os.fchmod(writer, 0o622)  # so that `> /dev/stderr` opens it again, which is another user's
+                os.fchmod(writer, 0o222)  # so that `> /dev/stderr` opens it again, which is another user's; not to read
                 os.set_blocking(reader, False)
                 ours.append(reader)
                 theirs.append(writer)
