@@ -376,7 +376,10 @@ def main(arguments: list[str]) -> int:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "run.json").unlink(missing_ok=True)
     process.set_child_subreaper()  # what a test loses sight of comes to us
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):  # nohup, and a shell's &, have tests begin with them ignored
+        signal.signal(number, signal.SIG_DFL)
     digest, end, reports = fingerprint(), time.monotonic() + ALL_SECONDS, []
     try:
         with contextlib.ExitStack() as stack:
