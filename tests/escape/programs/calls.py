@@ -15,7 +15,7 @@ import struct
 import sys
 
 GATE = b"\x53\x89\xf8\x89\xf3\xcd\x80\x5b\xc3"  # push rbx; mov eax, edi; mov ebx, esi; int 0x80; pop rbx; ret
-kept = []
+kept: list[object] = []  # what the calls point to
 
 
 def pointer(data: bytes) -> int:
