@@ -129,8 +129,8 @@ def _read_etc(etc: str) -> dict[str, bytes | str]:
         if stat.S_ISDIR(mode):
             for name in sorted(os.listdir(path)):
                 take(f"{relative}/{name}")
-        elif os.access(path, os.R_OK) and os.stat(path).st_mode & 0o004 and os.stat(path).st_size <= COPY_BYTES:
-            with open(path, "rb") as file:  # only what anyone on the host may read
+        elif os.access(path, os.R_OK) and _is_small_and_public(os.stat(path)):
+            with open(path, "rb") as file:
                 found[relative] = file.read(COPY_BYTES)
 
     for name in ETC_FILES:
@@ -139,6 +139,11 @@ def _read_etc(etc: str) -> dict[str, bytes | str]:
         take(name)
     found.update({name: text.encode() for name, text in ETC_TEXTS.items()})
     return found
+
+
+def _is_small_and_public(status: os.stat_result) -> bool:
+    """What anyone on the host may read, and no FIFO, at which we would wait for ever."""
+    return stat.S_ISREG(status.st_mode) and status.st_mode & 0o004 != 0 and status.st_size <= COPY_BYTES
 
 
 def build(sources: Sources) -> None:
