@@ -1,0 +1,253 @@
+"""Where one wall stands behind another: the test takes the first away, so that it is the second that holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sandrun.linux import process
+from sandrun.model import Outcome
+from sandrun.spawner import box, nursery, protocol, tenant
+from sandrun.spawner.selftest import TICKETS
+from tests import host, serving
+from tests.kernel.spawned import default_waived, source, spawned, without
+from tests.kernel.test_steps import build_on_demand, refused
+
+ROOT = pytest.mark.root
+
+
+# ---- what a zygote does wrong ------------------------------------------------------------------------------
+
+
+@ROOT
+@pytest.mark.requirement(2)
+async def test_wrong_id_maps_are_noticed(tmp_path: Path) -> None:
+    wrong = without("spawner/zygote", ("INIT_UID, spawn.init_id,", "INIT_UID - 1, spawn.init_id,"))
+    async with spawned(tmp_path, wrong) as one:
+        error = await refused(one)
+    assert error.step == "user namespace"
+    assert "the id maps show uid" in error.details
+
+
+HANDED_DOWN = """
+import json, os, signal
+session = int(open("/proc/self/stat").read().rpartition(")")[2].split()[3])
+print(json.dumps([sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), os.umask(0), session == os.getpid()]))
+"""
+
+
+@pytest.mark.requirement(13)
+async def test_what_a_zygote_would_hand_down_is_reset(tmp_path: Path) -> None:
+    """Mask, umask and session, whatever the zygote's are."""
+    change = "os.umask(0o077); signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))"
+    serve = "        _serve(connection, nest)"
+    async with spawned(tmp_path, without("spawner/zygote", (serve, f"        {change}\n{serve}"))) as one:
+        await one.client.ready()
+        for fresh in (False, True):
+            done = await one.run(HANDED_DOWN, fresh=fresh)
+            assert done.stdout, done
+            assert json.loads(done.stdout) == [[], 0o022, True]
+
+
+async def test_zygote_that_breaks_the_table_is_ended(tmp_path: Path) -> None:
+    serve = "        _serve(connection, nest)"
+    stray = f'        protocol.send(connection, b"?")\n{serve}'
+    async with spawned(tmp_path, without("spawner/zygote", (serve, stray))) as one:
+        await refused(one)
+        assert "unexpected message b'?'" in one.text()
+
+
+async def test_second_init_for_one_sandbox_ends_the_zygote(tmp_path: Path) -> None:
+    """SPAWNED brings the pidfd that a sandbox is killed by: another's would be killed instead."""
+    once = "        protocol.send(connection, protocol.encode_spawned(spawn.slot), [pidfd])"
+    async with spawned(tmp_path, without("spawner/zygote", (once, f"{once}\n{once}"))) as one:
+        await refused(one)
+        assert "which waits for none" in one.text()
+
+
+# ---- what api does wrong -----------------------------------------------------------------------------------
+
+START = protocol.Start(
+    environment=0, processes=10, collect=False, ticket=900, tag=0, memory_bytes=512 << 20, wall_ms=1000, cpu_ms=0
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "descriptors"),
+    [
+        (b"?", 0),
+        (b"S", 6),
+        (START.encode() + b"x", 6),
+        (START.encode(), 5),
+        (START.encode(), 7),
+        (START._replace(environment=1).encode(), 6),
+        (START._replace(ticket=TICKETS).encode(), 6),
+        (protocol.encode_cancel(1), 1),
+        (protocol.encode_started(1), 0),
+    ],
+    ids=["unknown", "short", "long", "few", "many", "environment", "ticket", "cancel", "spawner's own"],
+)
+async def test_api_that_breaks_the_table_is_given_up(message: bytes, descriptors: int, tmp_path: Path) -> None:
+    """The spawner ends with all that it had started; the supervisor starts another for another api."""
+    async with spawned(tmp_path) as one:
+        await one.client.ready()
+        null = os.open("/dev/null", os.O_RDWR)
+        try:
+            protocol.send(one.client._connection, message, [null] * descriptors)
+        finally:
+            os.close(null)
+        assert serving.wait_until(lambda: (p := host.process(one.pid)) is None or p.state == "Z", 3), one.text()
+        assert "giving it up" in one.text()
+
+
+# ---- an end that does not come -----------------------------------------------------------------------------
+
+
+@pytest.mark.requirement(21)
+async def test_init_that_does_not_listen_is_killed_with_its_job(tmp_path: Path) -> None:
+    deaf = without("sandbox/init", ("        return True  # END;", "        return False  # END;"))
+    async with spawned(tmp_path, deaf) as one:
+        await one.client.ready()
+        began = time.monotonic()
+        done = await one.run("import time; print('begun', flush=True); time.sleep(6)", timeout=1)
+    assert (done.ended.outcome, done.stdout) == (Outcome.TIMEOUT, "begun\n")
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.requirement(31)
+async def test_collector_that_hangs_is_killed(tmp_path: Path) -> None:
+    """No job can bring that about; if one could, it would not keep its place for ever."""
+
+    def patch() -> None:
+        box.COLLECT_SECONDS = 0.3
+
+    slow = {"sandbox/collect": (source("sandbox/collect") + "\ndef collect(*_): time.sleep(6)\n").encode()}
+    async with spawned(tmp_path, slow, patch=patch) as one:
+        await one.client.ready()
+        began = time.monotonic()
+        done = await one.run()
+    assert (done.ended.outcome, done.ended.exit_code, done.stdout) == (Outcome.EXITED, 0, "hello\n")
+    assert not done.complete
+    assert time.monotonic() - began < 3
+
+
+# ---- the collector -----------------------------------------------------------------------------------------
+
+COLLECTOR = """
+
+def collect(directory, patterns, before, out_fd):
+    from sandrun.linux.libc import SYS, syscall
+    try:
+        os.close(os.memfd_create("x"))  # init's own filter allows it
+        refused = 0
+    except OSError as error:
+        refused = error.errno
+    with open("/proc/self/status") as file:
+        told = file.read() + f"memfd_create:\\t{refused}\\ncwd:\\t{os.getcwd()}\\n"
+    data = told.encode()
+    os.write(out_fd, FRAME.pack(BEGIN, SIZE.size + 6) + SIZE.pack(len(data)) + b"status")
+    os.write(out_fd, FRAME.pack(DATA, len(data)) + data + FRAME.pack(COMPLETE, 0) + FRAME.pack(END, 0))
+"""
+
+
+@pytest.mark.requirement(31)
+async def test_collector_has_no_more_rights_than_the_job_had(tmp_path: Path) -> None:
+    """It reads what a job left: links, names, trees. A hole in it is a hole in the job's own walls, no more."""
+    telling = {"sandbox/collect": (source("sandbox/collect") + COLLECTOR).encode()}
+    async with spawned(tmp_path, telling) as one:
+        await one.client.ready()
+        done = await one.run()
+    found = dict(line.split(":\t", 1) for line in done.outputs["status"].decode().splitlines() if ":\t" in line)
+    if os.geteuid() == 0:
+        assert (found["Uid"].split(), found["Gid"].split()) == (["1000"] * 4, ["1000"] * 4)
+    assert {found[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert (found["NoNewPrivs"], found["Seccomp"], found["memfd_create"]) == ("1", "2", "1")
+    assert found["cwd"] == "/job"
+
+
+# ---- parked ------------------------------------------------------------------------------------------------
+
+
+@ROOT
+@pytest.mark.requirement(18, 20)
+async def test_parked_sandbox_has_limits_before_it_has_a_job(tmp_path: Path) -> None:
+    async with spawned(tmp_path) as one:
+        await one.client.ready()
+        assert serving.wait_until(lambda: len(one.cgroups()) > 0, 3)
+        limits = set()
+        for folder in one.cgroups():
+            for name in ("memory.limit_in_bytes", "memory.max", "pids.max"):
+                if (file := Path(folder, name)).exists():
+                    limits.add((name.partition(".")[0], file.read_text().strip()))
+    assert limits == {("memory", str(tenant.DEFAULT_MEMORY_BYTES)), ("pids", str(tenant.DEFAULT_PROCESSES + 1))}
+
+
+# ---- one uid -----------------------------------------------------------------------------------------------
+
+ORDINARY = 62001
+
+
+def as_an_ordinary_user() -> Callable[[], None]:
+    """In the spawner's process: go on without privilege, as a server does that an ordinary user starts."""
+    archive = nursery.make_archive()  # the tree may lie where that user cannot look
+
+    def patch() -> None:
+        nursery.make_archive = lambda overrides=None: archive
+        build_on_demand()
+        os.setgroups([])
+        os.setresgid(ORDINARY, ORDINARY, ORDINARY)
+        os.setresuid(ORDINARY, ORDINARY, ORDINARY)
+        process.set_dumpable(True)
+
+    return patch
+
+
+def status(pid: int) -> dict[str, str]:
+    with open(f"/proc/{pid}/status") as file:
+        return dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+
+
+WAIT = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'here', 0, 0, 0); time.sleep(6)"
+
+
+@ROOT
+@pytest.mark.requirement(2, 3, 7)
+async def test_with_one_uid_init_and_job_are_apart_all_the_same(tmp_path: Path) -> None:
+    waived = default_waived() | {"memory", "pids", "cpu", "swap"}
+    async with spawned(tmp_path, patch=as_an_ordinary_user(), waived=waived) as one:
+        await one.client.ready()
+        running = asyncio.create_task(one.run(WAIT, timeout=5))
+        found: dict[str, int] = {}
+
+        def find() -> bool:
+            for p in one.sandboxes():
+                if p.pid_inside == 1:
+                    found["init"] = p.pid
+                elif status(p.pid)["Name"].strip() == "here":
+                    found["job"] = p.pid
+            return len(found) == 2
+
+        for _ in range(200):
+            if find():
+                break
+            await asyncio.sleep(0.02)
+        init, job = found["init"], found["job"]
+        for pid in (init, job):
+            seen = status(pid)
+            assert set(seen["Uid"].split()) == {str(ORDINARY)}
+            assert {seen[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}, seen
+            assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
+        assert os.readlink(f"/proc/{init}/ns/user") != os.readlink(f"/proc/{job}/ns/user")
+        assert Path(f"/proc/{job}/setgroups").read_text() == "deny\n"
+        assert Path(f"/proc/{job}/uid_map").read_text().split()[0] == "1000"
+        os.kill(job, signal.SIGKILL)
+        done = await running
+    assert (done.ended.outcome, done.ended.signal) == (Outcome.SIGNALED, 9)
+    assert done.host["uid_kind"] == "shared"
