@@ -1,4 +1,4 @@
-"""Untrusted bytes are looked at in threads, one at a time for each client, and never longer than their descriptor lives."""
+"""Untrusted bytes are looked at in threads, one at a time a client, and never longer than their descriptor lives."""
 
 from __future__ import annotations
 

@@ -249,6 +249,7 @@ def test_the_client_needs_nothing_of_the_server() -> None:
     assert {name for name in ours if not name.startswith("sandrun.client")} == {
         "sandrun",
         "sandrun.errors",
+        "sandrun.bounds",
         "sandrun.model",
     }
 

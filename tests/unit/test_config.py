@@ -16,7 +16,9 @@ from sandrun.jobs.config import JobsConfig
 from sandrun.model import Ceilings
 
 
-def loaded(toml: str | None = None, flags: dict[str, Any] | None = None, tmp: Path | None = None, **environ: str) -> Config:
+def loaded(
+    toml: str | None = None, flags: dict[str, Any] | None = None, tmp: Path | None = None, **environ: str
+) -> Config:
     file = None
     if toml and tmp:
         path = tmp / "sandrun.toml"
