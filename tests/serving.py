@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
-    seen: set[host.Process] = field(default_factory=set)
 
     @property
     def url(self) -> str:
