@@ -57,6 +57,7 @@ class Order:
     Attributes:
         python: the interpreter that jobs will use.
         requirements: text of a requirements file, or None.
+        preload: modules that must be importable when all is done.
         mounted: where jobs will see the environment; scripts and tracebacks carry this path.
         log: descriptor that the progress goes to.
     """
@@ -65,6 +66,7 @@ class Order:
     packages: tuple[str, ...]
     requirements: str | None
     require_hashes: bool
+    preload: tuple[str, ...]
     mounted: str
     log: int
 
@@ -291,6 +293,8 @@ def _steps(order: Order, scratch: str, variables: dict[str, str]) -> dict[str, A
     # Its failure is none: packages ship files of Python 2. -P and not -I, which would ignore PYTHONHASHSEED.
     paths = ("-s", target, "-p", order.mounted, "--invalidation-mode", "unchecked-hash", target)
     run("compileall", order.python, "-P", "-m", "compileall", "-qq", *paths, must=False)
+    if order.preload:
+        run("import of a module to preload", inside, "-I", "-B", "-c", _IMPORT, *order.preload)
     answer: dict[str, Any] = json.loads(run("listing the packages", inside, "-I", "-c", _LIST, capture=True))
     return answer
 
@@ -299,6 +303,13 @@ _LIST = """
 import importlib.metadata, json, platform
 found = sorted((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
 print(json.dumps({"packages": dict(found), "python": platform.python_version()}))
+"""
+
+
+_IMPORT = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 """
 
 

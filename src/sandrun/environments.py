@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ENOENT
@@ -21,6 +21,7 @@ from typing import Any
 
 from sandrun.errors import ConfigError, InvalidInput, NotFound
 from sandrun.model import show
+from sandrun.ready import DEFINITIONS
 
 MOUNT = "/environments"
 """Where a job finds them."""
@@ -30,6 +31,8 @@ DESCRIPTION_BYTES = 4 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 _UNFINISHED = ".tmp-"
 _PYTHON = re.compile(r"python3\.(\d+)\Z")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
+_MOST_PRELOADED = 100
 _NESTED = re.compile(r"^\s*(-r|-c|--requirement|--constraint)\b.*", re.MULTILINE)
 
 
@@ -42,6 +45,7 @@ class Environment:
         digest: see `digest`; equal digests mean equal files.
         python: version of the interpreter that it was built for and is bound to.
         created: UTC, ISO 8601.
+        preload: modules that its zygote loads, in this order.
         path: the directory on the host; no client is told.
     """
 
@@ -50,6 +54,7 @@ class Environment:
     digest: str
     python: str
     created: str
+    preload: tuple[str, ...]
     path: str
 
 
@@ -60,6 +65,7 @@ def build(
     state_dir: str,
     requirements: str | None = None,
     require_hashes: bool = False,
+    preload: Sequence[str] | None = None,
     python: str | None = None,
     log: int = 2,
 ) -> Environment:
@@ -72,8 +78,11 @@ def build(
 
     Args:
         packages: requirements as pip takes them: `numpy`, `pandas==2.2.3`, `/srv/wheels/own-1.0-py3-none-any.whl`.
+            None at all and no file: those of the ready definition of this name.
         requirements: path of a requirements file; it may not name others.
         require_hashes: refuse every package that the file gives no hash for.
+        preload: modules that jobs find loaded; not given: those of the ready definition if its packages are built,
+            else none.
         python: the interpreter that jobs use; `find_python` if not given.
         log: descriptor that pip's progress goes to.
     Raises: InvalidInput for an argument, ConfigError for a place that others can change, BuildError.
@@ -82,11 +91,17 @@ def build(
     from sandrun.linux import files
 
     _check_name(name)
+    ready = DEFINITIONS.get(name) if not packages and requirements is None else None
+    if ready is not None:
+        packages = ready.packages
+    if preload is None:
+        preload = ready.preload if ready is not None else ()
     order = builder.Order(
         python=python or find_python(),
         packages=tuple(packages),
         requirements=_check_requirements(packages, requirements, require_hashes),
         require_hashes=require_hashes,
+        preload=_check_preload(preload),
         mounted=os.path.join(MOUNT, name),
         log=log,
     )
@@ -104,6 +119,7 @@ def build(
                 "digest": digest(unfinished),
                 "python": built.python,
                 "created": _now(),
+                "preload": order.preload,
             }
             with open(os.path.join(unfinished, DESCRIPTION), "x", encoding="utf-8") as stream:
                 json.dump(value, stream, indent=1)
@@ -214,6 +230,17 @@ def _check_name(name: str) -> None:
         raise InvalidInput("name", f"{show(name)} is not accepted; accepted: {accepted}")
 
 
+def _check_preload(names: Iterable[object]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for name in names:
+        if not isinstance(name, str) or not _MODULE.match(name) or name.partition(".")[0] == "sandrun":
+            raise InvalidInput("preload", f"{show(name)} is not the name of a module, as `import` takes it")
+        found[name] = None
+    if len(found) > _MOST_PRELOADED:
+        raise InvalidInput("preload", f"{len(found)} modules; accepted: at most {_MOST_PRELOADED}")
+    return tuple(found)
+
+
 def _check_requirements(packages: Sequence[str], requirements: str | None, require_hashes: bool) -> str | None:
     """The text of the requirements file, if one is named."""
     for package in packages:
@@ -223,7 +250,8 @@ def _check_requirements(packages: Sequence[str], requirements: str | None, requi
         if require_hashes:
             raise InvalidInput("require_hashes", "needs a requirements file, where a hash stands beside each package")
         if not packages:
-            raise InvalidInput("packages", "name at least one, or a requirements file")
+            known = ", ".join(sorted(DEFINITIONS))
+            raise InvalidInput("packages", f"name at least one, or a requirements file; ready without any are {known}")
         return None
     try:
         with open(requirements, encoding="utf-8") as stream:
@@ -270,9 +298,10 @@ def _read(base: str, name: str) -> Environment:
             digest=str(value["digest"]),
             python=str(value["python"]),
             created=str(value["created"]),
+            preload=_check_preload(value.get("preload", ())),  # older versions knew none
             path=path,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, InvalidInput) as error:
         fix = f"remove it and build it again: sandrun environment remove {name}"
         raise ConfigError(f"{path}: {DESCRIPTION} cannot be read ({type(error).__name__}: {error}); {fix}") from None
 

@@ -113,7 +113,7 @@ async def test_job_ends_as_setup_failed_when_a_step_fails(table: str, step: str,
 
 async def test_step_that_hangs_is_ended(tmp_path: Path) -> None:
     slow = without("sandbox/steps", ("def new_session(spec: Spec) -> None:", "def new_session(spec):\n    _sleep()"))
-    text = slow["sandbox/steps"].decode() + "\ndef _sleep():\n    import time\n    time.sleep(60)\n"
+    text = slow["sandbox/steps"].decode() + "\ndef _sleep():\n    import time\n    time.sleep(10)\n"
 
     def patch() -> None:
         box.SETUP_SECONDS = 0.3
@@ -311,11 +311,11 @@ async def test_zygote_that_never_says_a_word_is_ended(tmp_path: Path) -> None:
     def patch() -> None:
         tenant.WARM_SECONDS = 0.3
 
-    change = ("facts = _prepare(config)", "import time; time.sleep(60)")
+    change = ("facts = _prepare(config, nest)", "import time; time.sleep(60)")
     async with spawned(tmp_path, without("spawner/zygote", change), patch=patch) as one:
         error = await refused(one)
     assert error.step == "zygote"
-    assert "it died with status" in error.details
+    assert "it was not ready after 0.3 s" in error.details
 
 
 # ---- layers that the host does not have --------------------------------------------------------------------

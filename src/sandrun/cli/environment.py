@@ -14,8 +14,9 @@ from sandrun.cli.terminal import one_line, print_json
 from sandrun.config import Config
 
 EXAMPLES = """examples:
-  sudo sandrun environment build data numpy pandas matplotlib
-  sudo sandrun environment build data --requirements requirements.txt --require-hashes
+  sudo sandrun environment build data                      # or scientific, or ml: ready definitions
+  sudo sandrun environment build own numpy 'polars>=1' --preload numpy numpy.random polars
+  sudo sandrun environment build pinned --requirements requirements.txt --require-hashes
   sandrun environment list
   sudo sandrun environment remove data"""
 
@@ -30,12 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("packages", metavar="PACKAGE", nargs="*", help="as pip takes them: numpy, 'pandas>=2,<3'")
     build.add_argument("--requirements", metavar="FILE", help="a requirements file")
     build.add_argument("--require-hashes", action="store_true", help="refuse what has no hash in the requirements file")
+    build.add_argument(
+        "--preload", metavar="MODULE", nargs="*", help="modules that jobs find loaded; not given: a ready definition's"
+    )
     listing = actions.add_parser("list", help="those that are there", allow_abbrev=False)
     remove = actions.add_parser("remove", help="remove one", allow_abbrev=False)
     remove.add_argument("name", metavar="NAME")
     for action in (build, listing, remove):
         if action is not remove:
-            action.add_argument("--json", action="store_true", help="name, packages, digest, python, created")
+            action.add_argument("--json", action="store_true", help="name, packages, digest, python, created, preload")
         add_flags(action, "isolation")
 
 
@@ -53,6 +57,7 @@ def _build(args: argparse.Namespace, config: Config) -> int:
             state_dir=config.state_dir,
             requirements=args.requirements,
             require_hashes=args.require_hashes,
+            preload=args.preload,
         )
     if args.json:
         print_json(_fields(built))
@@ -83,5 +88,5 @@ def _remove(args: argparse.Namespace, config: Config) -> int:
 
 
 def _fields(environment: object) -> dict[str, object]:
-    names = ("name", "packages", "digest", "python", "created", "path")
+    names = ("name", "packages", "digest", "python", "created", "preload", "path")
     return {name: getattr(environment, name) for name in names}

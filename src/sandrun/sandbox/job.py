@@ -9,8 +9,8 @@ import socket
 import time
 from typing import Any, NoReturn
 
-from sandrun.sandbox import collect, messages, report, rootfs, script, unpack
-from sandrun.sandbox.spec import Spec, close
+from sandrun.sandbox import collect, generators, messages, report, rootfs, script, unpack
+from sandrun.sandbox.spec import Nest, Spec, close
 from sandrun.sandbox.steps import COLLECTOR_STEPS, JOB_STEPS, StepFailed, take
 
 SETUP_FAILED = 125
@@ -19,8 +19,14 @@ NOT_FOUND = 127
 GO_DESCRIPTORS = 5
 """wishes, archive, stdin, stdout, stderr."""
 
-START_UP_VARIABLES = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "OMP_", "OPENBLAS_", "MKL_", "BLIS_", "TZ")
-"""A process reads these when it starts: a job that sets one gets an interpreter of its own."""
+START_UP_VARIABLES = tuple(
+    """
+    PYTHON LD_ LC_ LANG MALLOC_ GLIBC_ TZ
+    OMP_ GOMP_ KMP_ OPENBLAS_ GOTO_ MKL_ BLIS_ NPY_
+    """.split()
+)
+"""Interpreter and C libraries read variables that begin so when they start: a job that sets one gets an interpreter of
+its own. What Python modules read is in `Nest.variables`."""
 
 
 def become_job(spec: Spec) -> None:
@@ -48,6 +54,11 @@ def _pass_gate(spec: Spec) -> dict[str, Any]:
         gate = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=spec.gate)
         found = report.measure(spec)
         report.verify(found, spec)
+        step = "caches"
+        rootfs.link_caches(spec.nest.caches)
+        step = "random generators"
+        generators.renew()
+        step = "interpreter"
         script.prepare()
         gate.send(messages.CONFINED + json.dumps(found, separators=(",", ":")).encode())
         step = "gate"
@@ -66,7 +77,7 @@ def _pass_gate(spec: Spec) -> dict[str, Any]:
         step = "standard streams"
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
-        wishes["in_place"] = _runs_in_place(wishes)
+        wishes["in_place"] = _runs_in_place(spec.nest, wishes)
         gate.send(messages.RUNNING + messages.encode_time(time.monotonic()))
         close(gate.detach(), spec.snapshot, *descriptors)
     except BaseException as error:
@@ -74,32 +85,37 @@ def _pass_gate(spec: Spec) -> dict[str, Any]:
     return wishes
 
 
-def _runs_in_place(wishes: dict[str, Any]) -> bool:
+def _runs_in_place(nest: Nest, wishes: dict[str, Any]) -> bool:
     return (
         wishes["interpreter"] == "python3"
         and wishes["entrypoint"].endswith(".py")  # not a zip or a .pyc, which the interpreter's start-up looks at
         and not wishes["fresh"]
         and script.ready()
-        and not any(name.startswith(START_UP_VARIABLES) for name in wishes["env"])
+        and not any(name.startswith(START_UP_VARIABLES) or name in nest.variables for name in wishes["env"])
+        and not script.eclipsed(wishes["entrypoint"])
     )
 
 
-def _environment(spec: Spec, wishes: dict[str, Any]) -> dict[str, str]:
-    """The exact list (requirement 13); what the client gives comes last."""
+def default_environment(nest: Nest) -> dict[str, str]:
+    """The exact list (requirement 13)."""
     found = {
-        "PATH": spec.nest.path,
+        "PATH": nest.path,
         "HOME": rootfs.WORK,
         "TMPDIR": "/tmp",
         "LANG": "C.UTF-8",
-        "XDG_CACHE_HOME": "/tmp/.cache",  # not below HOME, where it would be among the outputs
-        "XDG_CONFIG_HOME": "/tmp/.config",
+        "XDG_CACHE_HOME": rootfs.CACHE_HOME,
+        "XDG_CONFIG_HOME": rootfs.CONFIG_HOME,
         "USER": "sandbox",
         "LOGNAME": "sandbox",
     }
-    if spec.nest.environment:
-        found["VIRTUAL_ENV"] = spec.nest.environment
-    found.update(wishes["env"])
+    if nest.environment:
+        found["VIRTUAL_ENV"] = nest.environment
     return found
+
+
+def _environment(spec: Spec, wishes: dict[str, Any]) -> dict[str, str]:
+    """What the client gives comes last."""
+    return {**default_environment(spec.nest), **wishes["env"]}
 
 
 def _execute(spec: Spec, wishes: dict[str, Any]) -> NoReturn:

@@ -16,10 +16,14 @@ from sandrun.linux import mounts, process
 WORK = "/job"
 WRITABLE = (WORK, "/tmp", "/dev/shm")
 """The only places that a job can write to: one tmpfs, mounted thrice."""
+CACHE_HOME, CONFIG_HOME = "/tmp/.cache", "/tmp/.config"
+"""XDG's, of jobs; not below WORK, where they would be among the outputs."""
 ENVIRONMENTS = "/environments"
 EMPTY = "/.empty"
 """An empty file and an empty folder, read-only: what a masked path shows. Not /dev/null, which needs `dev`."""
 STAGE = "/.stage"
+CACHES = "/.caches"
+"""What modules cached in /tmp when the zygote loaded them, read-only: in a sandbox's own /tmp are links to it."""
 UNPRIVILEGED = mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV
 FIXED = UNPRIVILEGED | mounts.MOUNT_ATTR_RDONLY
 
@@ -157,7 +161,7 @@ def build(sources: Sources) -> None:
     mounts.move_mount(root, "/tmp")  # any folder does: the host's own stays below, unseen
     os.close(root)
     os.chdir("/tmp")
-    for path in (WORK, "/tmp", "/dev", "/dev/shm", "/proc", "/etc", "/usr", STAGE, f"{EMPTY}/folder", ENVIRONMENTS):
+    for path in (*WRITABLE, "/proc", "/etc", "/usr", STAGE, CACHES, f"{EMPTY}/folder", ENVIRONMENTS):
         os.makedirs(path[1:], 0o755, exist_ok=True)
     _write(f"{EMPTY}/file"[1:], b"", 0o444)
     for name, target in sources.links.items():
@@ -216,6 +220,56 @@ def _write(path: str, content: bytes, mode: int) -> None:
         os.fchmod(descriptor, mode)
     finally:
         os.close(descriptor)
+
+
+# ---- what a zygote mounts while it loads modules ------------------------------------------------------------
+
+LENT_BYTES = 256 << 20
+MOST_CACHED = 64
+"""Each folder and file of a cache is a system call in every sandbox."""
+
+
+def lend_storage() -> None:
+    """Give the zygote the places that jobs can write to: modules look for them, and keep what is costly to find out."""
+    attach_storage(new_storage(LENT_BYTES, owner=0, noswap=False), 0)
+
+
+def take_storage() -> list[tuple[str, bool]]:
+    """Take them back. What lies in the caches of /tmp stays, at `CACHES`.
+
+    Returns: path and whether it is a folder, parents first, for `link_caches`.
+    """
+    found = [entry for place in (CACHE_HOME, CONFIG_HOME) for entry in _walk(place)]
+    tree = mounts.open_tree("/tmp", clone=True, recursive=False)
+    for path in reversed(WRITABLE):
+        mounts.umount(path, mounts.MNT_DETACH)
+    mounts.set_attributes(tree, set=FIXED | mounts.MOUNT_ATTR_NOEXEC)
+    mounts.move_mount(tree, CACHES)
+    os.close(tree)
+    return found[:MOST_CACHED]
+
+
+def _walk(path: str) -> list[tuple[str, bool]]:
+    """`path` and what is below it, without what is not for everybody."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return []
+    if stat.S_ISREG(mode) and mode & 0o004:
+        return [(path, False)]
+    if stat.S_ISDIR(mode) and mode & 0o005 == 0o005:
+        below = [entry for name in sorted(os.listdir(path)) for entry in _walk(f"{path}/{name}")]
+        return [(path, True), *below]
+    return []
+
+
+def link_caches(found: list[tuple[str, bool]]) -> None:
+    """Fill a sandbox's /tmp with what `take_storage` returned."""
+    for path, folder in found:
+        if folder:
+            os.mkdir(path, 0o755)
+        else:
+            os.symlink(f"{CACHES}/{path.removeprefix('/tmp/')}", path)
 
 
 # ---- what each sandbox mounts ------------------------------------------------------------------------------

@@ -30,6 +30,13 @@ from sandrun.sandbox.rootfs import WORK
 MARKER = "sandrun" + "x" * 120
 """Also room for a process title: it may be as long as the arguments were."""
 
+BUILT_IN = frozenset(sys.builtin_module_names)
+"""Modules that no file can stand in for."""
+MODULE_SUFFIXES = ("", "py", "pyc", "so")
+"""What may stand after a module's name and other points; "" is a folder's."""
+OWN_SETTINGS = frozenset({"matplotlibrc"})
+"""Files in the work directory that modules read when they are loaded."""
+
 ARCHIVE = "/proc/self/fd/"
 """Where the zygote imports Sandrun's own modules from."""
 
@@ -45,10 +52,12 @@ _increment.argtypes, _increment.restype = [ctypes.py_object], None
 
 
 class _State:
-    """Attributes: ready: `find` liked what it saw; known: modules that the zygote had loaded; entrypoint: the job's."""
+    """Attributes: ready: `find` liked what it saw; known: modules that the zygote had loaded; files: names by which a
+    job would find others; entrypoint: the job's."""
 
     ready = False
     known: frozenset[str] = frozenset()
+    files: frozenset[str] = frozenset()
     entrypoint = ""
 
 
@@ -76,6 +85,7 @@ def find() -> None:
 
     Raises: LookupError if it cannot: jobs then get an interpreter of their own.
     """
+    atexit.register(_spare)  # before any other: it is called last, when what modules want done at the end is done
     outer = hidden(_call)
     if outer(_caller) is not sys._getframe():
         raise LookupError("this interpreter shows frames without RESUME")
@@ -113,12 +123,16 @@ def warm_up() -> None:
     exec(compile(WARM_UP, "<warm>", "exec"), {"__name__": "__main__", "out": io.StringIO()})
 
 
-def prepare() -> None:
-    """Take what is Sandrun's out of the client's sight, before there is a client."""
+def forget_archive() -> None:
+    """All of Sandrun's own is loaded: nobody needs to look there for modules any more."""
     for entry in [entry for entry in sys.path if entry.startswith(ARCHIVE)]:
         sys.path.remove(entry)
     for entry in [entry for entry in sys.path_importer_cache if entry.startswith(ARCHIVE)]:
         del sys.path_importer_cache[entry]
+
+
+def prepare() -> None:
+    """Take what is Sandrun's out of the client's sight, before there is a client."""
     for name in [name for name in sys.modules if name == "sandrun" or name.startswith("sandrun.")]:
         _increment(sys.modules.pop(name))  # never freed: its pages are the zygote's
     custom = sys.modules.get("sitecustomize")  # the import machinery still needs the name, nobody what is in it
@@ -132,14 +146,30 @@ def prepare() -> None:
     _increment(sys.modules["__main__"])
     sys.modules["__main__"] = main
     _State.known = frozenset(sys.modules) - {"__main__"}
-    atexit.register(_spare)
+    _State.files = frozenset({name.partition(".")[0] for name in _State.known}) - BUILT_IN
+
+
+def eclipsed(entrypoint: str) -> bool:
+    """Whether a file beside the script would be loaded in place of what the zygote has loaded already.
+
+    `import json` finds a json.py there before the library's, but a module that is loaded is not looked for.
+    """
+    try:
+        names = os.listdir(os.path.dirname(os.path.realpath(f"{WORK}/{entrypoint}")))
+    except OSError:
+        return False  # a link to nowhere
+    for name in names:
+        stem, _, suffix = name.partition(".")
+        if (stem in _State.files and suffix.rpartition(".")[2] in MODULE_SUFFIXES) or name in OWN_SETTINGS:
+            return True
+    return False
 
 
 def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> None:
     """Make this interpreter what `python3 ENTRYPOINT ARGS` would be; it runs the script when start-up goes on."""
     _State.entrypoint = entrypoint
     sys.argv = [entrypoint, *args]
-    sys.orig_argv = ["python3", entrypoint, *args]
+    sys.orig_argv = [sys.orig_argv[0], entrypoint, *args]
     os.environ.clear()
     process.set_environment_area(environment)
     os.environ.update(environment)

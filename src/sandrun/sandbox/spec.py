@@ -10,7 +10,7 @@ JOB_UID = 1000
 
 
 class Nest:
-    """What all sandboxes of one zygote share; made by the spawner, not changed from then on.
+    """What all sandboxes of one zygote share; made by the spawner, not changed once the zygote is warm.
 
     Attributes:
         job_filter, init_filter: BPF programs; empty if seccomp is waived.
@@ -22,11 +22,13 @@ class Nest:
         environment: the folder of the package set inside, "" for the bare interpreter.
         masked: what is covered below /proc, and whether it is a folder.
         core_limit: RLIMIT_CORE, see `steps.set_rlimits`.
+        caches: of the modules that the zygote has loaded, see `rootfs.link_caches`.
+        variables: names of those that these modules looked for when they were loaded.
     """
 
     __slots__ = (
-        "core_limit", "environment", "init_filter", "interpreters", "job_filter", "landlock", "masked", "namespaces",
-        "path", "shared_uid",
+        "caches", "core_limit", "environment", "init_filter", "interpreters", "job_filter", "landlock", "masked",
+        "namespaces", "path", "shared_uid", "variables",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +55,8 @@ class Nest:
         self.environment = environment
         self.masked = masked
         self.core_limit = core_limit
+        self.caches: list[tuple[str, bool]] = []
+        self.variables: frozenset[str] = frozenset()
 
 
 class Spec:

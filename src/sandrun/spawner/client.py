@@ -251,7 +251,7 @@ class SpawnerClient:
                 self._facts.set_exception(SetupError(step, number, details))
                 self._facts.exception()  # whoever awaits it hears of it; nobody has to
         elif kind == protocol.FACTS:
-            facts = SpawnerFacts(**json.loads(message[1:]))
+            facts = SpawnerFacts(**protocol.decode_facts(message))
             self._environments = list(facts.environments)
             if not self._facts.done():
                 self._facts.set_result(facts)

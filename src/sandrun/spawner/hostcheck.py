@@ -5,7 +5,6 @@ Nothing is left: the namespaces are a child's, the sandbox goes with its spawner
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any, NamedTuple
 
@@ -130,7 +129,7 @@ def _sandbox(config: Config) -> Finding:
         connection.close()
         os.waitpid(pid, 0)
     if message[:1] == protocol.FACTS:
-        isolation: dict[str, Any] = json.loads(message[1:])["isolation"]
+        isolation: dict[str, Any] = protocol.decode_facts(message)["isolation"]
         missing = f", without {', '.join(isolation['waived'])}" if isolation["waived"] else ""
         return Finding("sandbox", True, f"built, verified from inside and outside, and removed{missing}", "")
     step, number, details = messages.read_failure(message[1:])

@@ -24,8 +24,8 @@ MODULES = (
     "__init__ bounds errors "
     "linux/__init__ linux/libc linux/process linux/mounts linux/capabilities linux/seccomp linux/landlock "
     "sandbox/__init__ sandbox/spec sandbox/messages sandbox/steps sandbox/rootfs sandbox/report sandbox/script "
-    "sandbox/unpack sandbox/tar sandbox/collect sandbox/job sandbox/init "
-    "spawner/__init__ spawner/protocol spawner/zygote"
+    "sandbox/generators sandbox/unpack sandbox/tar sandbox/collect sandbox/job sandbox/init "
+    "spawner/__init__ spawner/protocol spawner/preload spawner/zygote"
 ).split()
 """What a zygote runs. It gets these as an archive in memory: its uid may not be able to read where they lie."""
 
@@ -203,8 +203,6 @@ def _become(
             "HOME": rootfs.WORK,
             "LANG": "C.UTF-8",
             "PYTHONPATH": f"/proc/self/fd/{zygote.CODE}",
-            "OPENBLAS_NUM_THREADS": "1",  # a zygote with threads can neither fork safely nor unshare
-            "OMP_NUM_THREADS": "1",
             "ROOM": "." * ENVIRONMENT_BYTES,  # jobs that this interpreter runs show their own variables there
         }
         os.execve(recipe.python, [recipe.python, "-m", script.MARKER], environment)

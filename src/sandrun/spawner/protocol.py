@@ -15,15 +15,18 @@ What passes between spawner, init and job is in `sandrun.sandbox.messages`.
 from __future__ import annotations
 
 import array
+import json
 import os
 import socket
 import struct
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
 from sandrun.errors import ProtocolError
 from sandrun.sandbox.messages import TAIL_BYTES
 
 FACTS_BYTES = 128 * 1024
+UNPACKED_FACTS_BYTES = 4 << 20
 MAX_DESCRIPTORS = 24
 
 
@@ -75,7 +78,7 @@ def unpack(layout: struct.Struct, message: bytes) -> tuple[int, ...]:
 
 START = b"S"
 CANCEL = b"C"
-FACTS = b"F"  # the tail is JSON
+FACTS = b"F"  # `encode_facts`
 UNFIT = b"U"  # the tail is `step NUL errno NUL text`: no sandbox can be built here; the last message
 STARTED = b"B"
 ACTIVITY = b"A"  # a job has begun to use CPU again, or has used none for a while
@@ -202,10 +205,29 @@ class Ended(NamedTuple):
         return cls(ticket, outcome, code, signal, hits, wall, cpu, memory, tasks, tail[:host], tail[host:])
 
 
+# ---- facts: from the spawner to api, and from a zygote to the spawner ---------------------------------------
+
+
+def encode_facts(kind: bytes, facts: dict[str, Any]) -> bytes:
+    """`facts` as JSON, deflated: an environment may load two thousand modules, and a datagram has its bounds."""
+    return kind + zlib.compress(json.dumps(facts).encode())
+
+
+def decode_facts(message: bytes) -> dict[str, Any]:
+    inflater = zlib.decompressobj()
+    try:
+        facts = json.loads(inflater.decompress(message[1:], UNPACKED_FACTS_BYTES))
+    except (zlib.error, ValueError, RecursionError):
+        raise ProtocolError("the facts cannot be read") from None
+    if not inflater.eof or inflater.unused_data or not isinstance(facts, dict):
+        raise ProtocolError("the facts are no JSON object, too long, or cut")
+    return facts
+
+
 # ---- spawner <-> zygote ------------------------------------------------------------------------------------
 
 SPAWN = b"s"
-WARM = b"w"
+WARM = b"w"  # `encode_facts`
 SPAWNED = b"p"
 REFUSED = b"r"
 

@@ -7,7 +7,6 @@ sandbox as bytes. When api is gone, everything it had started is ended and the s
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import signal
 import socket
@@ -107,7 +106,7 @@ class Server:
             self.tests = SelfTests(self)
             self.tests.run()
             self._insist()
-            self._send(protocol.FACTS + json.dumps(self._facts()).encode())
+            self._send(protocol.encode_facts(protocol.FACTS, self._facts()))
             self.connection.setblocking(False)
             self.loop.watch(self.connection.fileno(), self._on_api)
             self._look_at_activity()
@@ -133,7 +132,7 @@ class Server:
                 environment=environment.path if environment is not None else None,
                 rootfs=settings.rootfs,
                 python=argvs["python3"][0],
-                preload=(),
+                preload=environment.preload if environment is not None else (),
                 uid_base=None if base is None else base + ids.BLOCK * number,
                 nest=self.walls.nest(argvs, path, inside),
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import signal
 import time
@@ -94,6 +93,7 @@ class Tenant:
             found["packages"] = dict(self.environment.packages)
             found["digest"] = self.environment.digest
             found["created"] = self.environment.created
+            found["preload"] = list(self.environment.preload)
         found.update({key: self.facts.get(key) for key in ("python", "in_place", "modules")})
         if self.facts.get("reason"):
             found["in_place_reason"] = self.facts["reason"]
@@ -116,7 +116,7 @@ class Tenant:
         zygote.connection.setblocking(False)
         loop.watch(zygote.connection.fileno(), self._on_zygote)
         loop.watch(zygote.pidfd, self._on_zygote_death)
-        self._deadline = loop.after(WARM_SECONDS, self._kill_zygote)
+        self._deadline = loop.after(WARM_SECONDS, self._give_up_zygote)
 
     def end_zygote(self) -> None:
         """With it goes all that is left of its sandboxes."""
@@ -127,6 +127,10 @@ class Tenant:
     def _kill_zygote(self) -> None:
         if self.zygote is not None:
             signal.pidfd_send_signal(self.zygote.pidfd, signal.SIGKILL)
+
+    def _give_up_zygote(self) -> None:
+        self.facts = {"failure": f"zygote\0000\0it was not ready after {WARM_SECONDS:g} s"}
+        self._kill_zygote()
 
     def _on_zygote(self) -> None:
         zygote = self.zygote
@@ -149,7 +153,7 @@ class Tenant:
         if not message:
             self.server.loop.unwatch(zygote.connection.fileno())  # its pidfd tells the rest
         elif kind == protocol.WARM and not self.warm:
-            self.facts = json.loads(message[1:])
+            self.facts = protocol.decode_facts(message)
             self.namespaces = report.read_namespaces(f"/proc/{zygote.pid}")
             if self.server.walls.namespaces & process.CLONE_NEWCGROUP:
                 self.namespaces["cgroup"] = -1  # the host's; compared with that already

@@ -10,14 +10,17 @@ import os
 import signal
 import socket
 import sys
+from typing import Any
 
 from sandrun.linux import process
 from sandrun.sandbox import init, messages, rootfs, script
 from sandrun.sandbox.spec import INIT_UID, JOB_UID, Nest, Spec
-from sandrun.spawner import protocol
+from sandrun.sandbox.steps import StepFailed
+from sandrun.spawner import preload, protocol
 
 CODE, CONFIG, SOCKET = 3, 4, 5
 """Descriptors that the spawner hands over."""
+
 
 def main() -> None:
     """Serve until the spawner is gone. Returns only in a job's process."""
@@ -29,8 +32,12 @@ def main() -> None:
         process.set_title(f"sandrun: zygote {config['name'] or 'bare'}")
         process.set_name("sandrun-zygote")
         nest = _make_nest(config)
-        facts = _prepare(config)
-        protocol.send(connection, protocol.WARM + json.dumps(facts).encode())
+        facts = _prepare(config, nest)
+        protocol.send(connection, protocol.encode_facts(protocol.WARM, facts))
+    except StepFailed as error:
+        failure = messages.failure(error.step, error.__cause__ or error)
+        protocol.send(connection, protocol.encode_refused(0, failure))
+        os._exit(1)
     except BaseException as error:
         protocol.send(connection, protocol.encode_refused(0, messages.failure("zygote", error)))
         os._exit(1)
@@ -41,22 +48,23 @@ def main() -> None:
         os._exit(1)
 
 
-def _make_nest(config: dict[str, object]) -> Nest:
-    wanted = dict(config["nest"])  # type: ignore[call-overload]
+def _make_nest(config: dict[str, Any]) -> Nest:
+    wanted = dict(config["nest"])
     for name in ("job_filter", "init_filter"):
         wanted[name] = bytes.fromhex(wanted[name])
     return Nest(masked=rootfs.find_masked(), **wanted)
 
 
-def _prepare(config: dict[str, object]) -> dict[str, object]:
+def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
     """Load what jobs shall find loaded, and run the paths they take once: a page touched here is not copied there."""
     reason = ""
     try:
         script.find()
     except LookupError as error:
         reason = str(error)
-    for name in config["preload"]:  # type: ignore[attr-defined]
-        __import__(name)
+    script.forget_archive()
+    if config["preload"]:
+        preload.load(config["preload"], nest)
     for _ in range(2):
         script.warm_up()
     os.environ.pop("PYTHONPATH", None)
