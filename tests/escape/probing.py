@@ -273,20 +273,26 @@ def held(
     """A Python job that runs `code` when it is known to the host; cancelled at the end."""
     token = new_token()
     job = inside.kind.job(_SAY_TOKEN + code, files or {})
-    with holding(inside.api, server, token, job, **{**inside.kind.manifest, "args": [token], **manifest}) as found:
+    manifest = {**inside.kind.manifest, "args": [token], **manifest}
+    with holding(inside.api, server, token, job, named=True, **manifest) as found:
         yield found
 
 
 @contextlib.contextmanager
-def holding(api: Api, server: Server, token: str, files: Mapping[str, str | bytes], **manifest: Any) -> Iterator[Held]:
-    """Any job, of which a process carries `token` as its name or in its arguments; cancelled at the end."""
+def holding(
+    api: Api, server: Server, token: str, files: Mapping[str, str | bytes], *, named: bool = False, **manifest: Any
+) -> Iterator[Held]:
+    """Any job, of which a process carries `token` as its name or in its arguments; cancelled at the end.
+
+    `named`: as its name, since a shell above it may have the same arguments.
+    """
     job_id = api.submit(files, **manifest)
     try:
         found: list[host.Process] = []
 
         def find() -> bool:
             members = [one for sandbox in server.sandboxes() for one in sandbox[1:]]
-            found[:] = [one for one in members if comm(one.pid) == token or token in one.title]
+            found[:] = [one for one in members if comm(one.pid) == token or (token in one.title and not named)]
             return bool(found)
 
         assert wait_until(find, 15), (api.wait(job_id, 5), api.logs(job_id, "stderr"))
