@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -81,9 +82,11 @@ def main(arguments: list[str]) -> int:
         "peers": {peer.name: f"{peer.version()} {peer.remark}".strip() for peer in state.peers},
         "absent": state.absent,
     }
-    outcomes, failures = run(state, chosen)
-    for peer in state.peers:
-        peer.close()
+    try:
+        outcomes, failures = run(state, chosen)
+    finally:
+        for peer in peers.known():
+            peer.close()
     facts["seconds"] = round(time.monotonic() - begin)
     facts["load_at_end"] = round(machine.load(), 2)
     figures = results.collect(outcomes, failures)
@@ -150,6 +153,7 @@ def run(state: context.Context, chosen: list[str]) -> tuple[dict[str, Outcome], 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are stopped and files removed
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

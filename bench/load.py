@@ -181,17 +181,18 @@ def bulk(port: int, request: bytes, wanted: bytes, total: int, *, clients: int =
     return sum(child.result()[0] for child in children)
 
 
-def submit_all(port: int, request: bytes, total: int, *, clients: int = 2) -> list[str]:
-    """Submit so many jobs. Returns their ids. Raises: RuntimeError if one is refused."""
+def submit_all(port: int, request: bytes, total: int, *, addresses: int = 2) -> list[str]:
+    """Submit so many jobs, from so many addresses in turn. Returns: ids. Raises: RuntimeError if one is refused."""
 
-    def loop(source: str, share: int) -> list[str]:
-        connection = wire.Connection(port, source)
-        return [str(connection.json(request, 202)["job_id"]) for _ in range(share)]
+    def submit(first: int, step: int) -> list[str]:
+        sources = [f"127.0.0.{number + 1}" for number in range(first, addresses, step)]
+        connections = [wire.Connection(port, source) for source in sources]
+        share = range(first, total, step)
+        return [
+            str(connections[number % len(connections)].json(request, 202)["job_id"]) for number in range(len(share))
+        ]
 
-    children = []
-    for number in range(clients):
-        share = total // clients + (number < total % clients)
-        children.append(Child(lambda number=number, share=share: loop(address(number), share)))  # type: ignore[misc]
+    children = [Child(lambda first=first: submit(first, 2)) for first in range(2)]  # type: ignore[misc]
     return [job for child in children for job in child.result()[0]]
 
 

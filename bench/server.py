@@ -19,6 +19,8 @@ PYTHON = machine.ROOT / ".venv/bin/python"
 PINNED = machine.ROOT / "bench/pinned_pool.py"
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
+TOGETHER = ("setpriv", "--pdeathsig", "TERM", "--")
+"""If the benchmark is killed, its server goes too."""
 OPTIONS = (
     *("--client-running-share", "1"),
     *("--client-store-share", "1"),
@@ -105,7 +107,7 @@ def running(
         command = [*program, "serve", "--port", str(port), "--state-dir", str(state or directory), *options]
         with open(log, "wb") as stderr:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, env=machine.ENVIRONMENT
+                [*TOGETHER, *command], stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, env=machine.ENVIRONMENT
             )
         server = Server(process, port, log, options)
         try:

@@ -14,6 +14,8 @@ MIB = 1 << 20
 ASLEEP_MB = 64
 """The least that a job may have."""
 HELLOS = 40
+ADDRESSES = 64
+"""What one may have running at once is counted for jobs of 512 MB."""
 
 
 def hello_p50(connection: wire.Connection, count: int) -> float:
@@ -60,7 +62,7 @@ def sleepers(context: Context) -> Outcome:
         processes.settled(ours.pid, 4.0)
         parked, before = ours.sandboxes(), _available()
         begin = time.monotonic()
-        jobs = load.submit_all(ours.port, request, number)
+        jobs = load.submit_all(ours.port, request, number, addresses=ADDRESSES)
         latest = begin + context.counts.sleep_seconds * 0.7
         running = processes.until(lambda: ours.sandboxes() >= number, latest - time.monotonic(), 0.2)
         started = time.monotonic() - begin
