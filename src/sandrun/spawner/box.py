@@ -376,6 +376,8 @@ class Box:
         status = self.exited.status if self.exited is not None else -1
         code, number = protocol.UNKNOWN, 0
         outcome = self.reason
+        if self.exited is None and outcome is None and self.tenant.zygote_is_gone():
+            outcome = WORKER_LOST
         if self.exited is not None and outcome is None:
             if os.WIFSIGNALED(status):
                 outcome, number = SIGNALED, os.WTERMSIG(status)
@@ -386,9 +388,10 @@ class Box:
         if self._oom_kills and outcome in (None, EXITED, SIGNALED):
             outcome, code = MEMORY_LIMIT, protocol.UNKNOWN
         inside = self.inside
-        if self.failed and outcome not in (MEMORY_LIMIT, CANCELLED, TIMEOUT, CPU_LIMIT) and self.exited is None:
+        decided = (MEMORY_LIMIT, CANCELLED, TIMEOUT, CPU_LIMIT, WORKER_LOST)
+        if self.failed and outcome not in decided and self.exited is None:
             outcome, code, number, inside = SETUP_FAILED, protocol.UNKNOWN, 0, self.failed
-        elif not self.started and outcome in (None, EXITED, SIGNALED):
+        elif not self.started and outcome in (EXITED, SIGNALED):
             outcome, code, number = SETUP_FAILED, protocol.UNKNOWN, 0
             inside = self.failed or b"start\0000\000the sandbox died before the job began"
         elif outcome is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -123,6 +124,18 @@ class Tenant:
         if self.zygote is not None:
             self._kill_zygote()
             os.waitpid(self.zygote.pid, 0)
+
+    def zygote_is_gone(self) -> bool:
+        """Dead, or about to be: its end of the socket is closed before its sandboxes die, and those before its pidfd
+        tells."""
+        if self.zygote is None:
+            return True
+        try:
+            return self.zygote.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _kill_zygote(self) -> None:
         if self.zygote is not None:
@@ -357,6 +370,8 @@ class Tenant:
 
     def _fail_oldest(self, failure: bytes) -> None:
         """A sandbox could not be built: the job that it was for ends so, and nothing else is tried for it."""
+        if not self.withdrawn and self.zygote_is_gone():
+            return  # who waits is served by the next
         if self.queue:
             end_unbuilt(self.queue.pop(next(iter(self.queue))), SETUP_FAILED, failure)
         elif not self.server.stopping:
