@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")
 
@@ -106,18 +106,43 @@ def descendants(pid: int) -> list[Process]:
     return [p for p in found if p.state not in "ZX"]
 
 
-def namespaces_of(members: Iterable[Process]) -> set[str]:
-    return {name for p in members for name in p.namespaces().values()}
+class Rooms:
+    """The PID namespaces of some processes but our own, held by descriptors: else a number is soon another's.
 
+    Whoever lives in one of them dies with its PID 1, and with the last one go its mounts and other namespaces.
+    """
 
-def now() -> int:
-    """As `Process.started` tells time: clock ticks since boot."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+    def __init__(self, members: Iterable[Process]) -> None:
+        self._held: dict[int, int] = {}
+        ours = os.stat("/proc/self/ns/pid").st_ino
+        for member in members:
+            try:
+                descriptor = os.open(f"/proc/{member.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:  # gone, or not ours to look at
+                continue
+            number = os.fstat(descriptor).st_ino
+            if number == ours or number in self._held:
+                os.close(descriptor)
+            else:
+                self._held[number] = descriptor
 
+    def inhabitants(self) -> list[Process]:
+        found = []
+        for p in processes():
+            try:
+                if os.stat(f"/proc/{p.pid}/ns/pid").st_ino in self._held and p.alive:
+                    found.append(p)
+            except OSError:
+                continue
+        return found
 
-def in_namespaces(names: set[str], born_by: int) -> list[Process]:
-    """Processes of before `born_by` that live in one of these namespaces: a number is soon another namespace's."""
-    return [p for p in processes() if p.started <= born_by and p.alive and names & set(p.namespaces().values())]
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._held.values():
+            os.close(descriptor)
+        self._held.clear()
 
 
 def own_cgroups(pids: set[int]) -> list[str]:

@@ -105,9 +105,8 @@ class Server:
     def stop(self, how: int = signal.SIGTERM, seconds: float = STOP_SECONDS) -> None:
         """Stop it and prove that no process, namespace, cgroup or mount of it is left."""
         before = self.descendants()
-        names = host.namespaces_of(before)
+        rooms = host.Rooms(before)
         pids = {p.pid for p in before} | {self.pid}
-        end = host.now()
         if self.process.poll() is None:
             self.process.send_signal(how)
         try:
@@ -123,8 +122,9 @@ class Server:
                 with contextlib.suppress(OSError):
                     os.kill(p.pid, signal.SIGKILL)
         assert not left, f"processes outlived the server: {described}\n{self.tail()}"
-        inhabited = not wait_until(lambda: not host.in_namespaces(names, end), GONE_SECONDS)
-        assert not inhabited, f"namespaces are still inhabited: {[p.title for p in host.in_namespaces(names, end)]}"
+        with rooms:
+            inhabited = not wait_until(lambda: not rooms.inhabitants(), GONE_SECONDS)
+            assert not inhabited, f"namespaces are still inhabited: {[p.title for p in rooms.inhabitants()]}"
         if how != signal.SIGKILL:
             assert not host.own_cgroups(pids), "cgroups outlived the server"
         new = {m for m in host.mounts() if "sandrun" in m and str(Path(sys.prefix).parent) not in m}

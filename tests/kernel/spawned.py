@@ -178,8 +178,7 @@ async def spawned(
         yield one
     finally:
         left = host.descendants(pid)
-        names = host.namespaces_of(left)
-        end = host.now()
+        rooms = host.Rooms(left)
         client.close()
         overdue = not select.select([pidfd], [], [], END_SECONDS)[0]
         if overdue:
@@ -190,7 +189,8 @@ async def spawned(
     assert status in (0, 1), f"the spawner ended with {status}\n{one.text()}"
     assert "Traceback" not in one.text(), one.text()
     assert serving.wait_until(lambda: not [p for p in left if p.alive], serving.GONE_SECONDS)
-    assert serving.wait_until(lambda: not host.in_namespaces(names, end), serving.GONE_SECONDS), names
+    with rooms:
+        assert serving.wait_until(lambda: not rooms.inhabitants(), serving.GONE_SECONDS), rooms.inhabitants()
     assert not host.own_cgroups({pid}), "cgroups outlived the spawner"
     assert host.mounts() == mounted, "mounts outlived the spawner"
 
