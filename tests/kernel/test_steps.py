@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import mmap
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,6 +318,43 @@ async def test_zygote_that_never_says_a_word_is_ended(tmp_path: Path) -> None:
         error = await refused(one)
     assert error.step == "zygote"
     assert "it was not ready after 0.3 s" in error.details
+
+
+@pytest.mark.requirement(34)
+async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_the_next(tmp_path: Path) -> None:
+    """Nothing of it had begun, so nothing is lost."""
+    slow = without("sandbox/steps", ("    os.setsid()\n\n\ndef offer_to_oom", "    _sleep()\n\n\ndef offer_to_oom"))
+    text = slow["sandbox/steps"].decode() + "\ndef _sleep():\n    import time\n    os.setsid()\n    time.sleep(0.3)\n"
+    async with spawned(tmp_path, {"sandbox/steps": text.encode()}, patch=build_on_demand) as one:
+        await one.client.ready()
+        job = asyncio.create_task(one.run())
+        while not one.sandboxes():  # it is being built
+            await asyncio.sleep(0.01)
+        (zygote,) = [p for p in host.descendants(one.pid) if "zygote" in p.title]
+        os.kill(zygote.pid, signal.SIGKILL)
+        done = await job
+        assert (done.ended.outcome, done.stdout) == (Outcome.EXITED, "hello\n"), done
+        await assert_nothing_grows(one)
+    assert "starting another" in one.text()
+
+
+@pytest.mark.requirement(34)
+@pytest.mark.parametrize("whose", ["zygote", "init"])
+async def test_job_that_runs_when_its_sandbox_dies_is_lost(whose: str, tmp_path: Path) -> None:
+    async with spawned(tmp_path, patch=build_on_demand) as one:
+        await one.client.ready()
+        job = asyncio.create_task(one.run("import time; print('begun', flush=True); time.sleep(60)"))
+        while not any(p.pid_inside == 2 for p in one.sandboxes()):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        victims = [p for p in one.sandboxes() if p.pid_inside == 1]
+        if whose == "zygote":
+            victims = [p for p in host.descendants(one.pid) if "zygote" in p.title]
+        for process in victims:
+            os.kill(process.pid, signal.SIGKILL)
+        done = await job
+        assert (done.ended.outcome, done.ended.exit_code, done.stdout) == (Outcome.WORKER_LOST, None, "begun\n")
+        await assert_nothing_grows(one)
 
 
 # ---- layers that the host does not have --------------------------------------------------------------------
