@@ -365,6 +365,12 @@ def check_string(value: object, what: str, most: int = STRING_BYTES) -> None:
         raise InvalidInput(what, "has a NUL character, which no argument or name can hold")
 
 
+def interpreter_of(entrypoint: str) -> str:
+    """What runs an entrypoint whose manifest names no interpreter, by its extension."""
+    dot = entrypoint.rfind(".", entrypoint.rfind("/") + 1)
+    return EXTENSIONS.get(entrypoint[dot:], "executable") if dot >= 0 else "executable"
+
+
 def parse_manifest(text: bytes, ceilings: Ceilings) -> Manifest:
     """A manifest as it came over the wire: size, encoding and JSON shape first, then every field.
 
@@ -387,8 +393,7 @@ def manifest_from(value: object, ceilings: Ceilings, *, default_timeout: float =
         raise InvalidInput("entrypoint", f"{show(given)} begins with '-', which an interpreter takes for an option")
     interpreter = read.string("interpreter")
     if interpreter is None:
-        dot = entrypoint.rfind(".", entrypoint.rfind("/") + 1)
-        interpreter = EXTENSIONS.get(entrypoint[dot:], "executable") if dot >= 0 else "executable"
+        interpreter = interpreter_of(entrypoint)
     elif interpreter not in INTERPRETERS:
         raise InvalidInput("interpreter", f"{show(interpreter)} is unknown; accepted: {', '.join(INTERPRETERS)}")
     args = read.strings("args", ARGS) or ()

@@ -1,8 +1,11 @@
 """Which host ids a server takes: its own block, and one a zygote, out of what its own map has."""
 
+import os
+
 import pytest
 
 from sandrun.errors import SetupError
+from sandrun.linux import ids
 from sandrun.linux.ids import BLOCK, choose_base
 
 HOST = "         0          0 4294967295\n"
@@ -19,3 +22,15 @@ def test_root_of_a_part_of_the_ids_takes_the_second_block_of_its_largest_part():
 def test_too_few_ids_are_an_error_that_says_how_many_are_needed():
     with pytest.raises(SetupError, match="root here has 65536 ids; 131072 are needed"):
         choose_base(1879048192, 1, uid_map="0 100000 65536\n")
+
+
+def test_two_servers_of_one_host_have_no_id_in_common(monkeypatch, tmp_path):
+    """Requirement 2 across servers: no other running sandbox has the same host uid."""
+    monkeypatch.setattr(ids, "CLAIMS", str(tmp_path / "claims"))
+    first, held = ids.claim(1879048192)
+    second, other = ids.claim(1879048192)
+    assert (first, second) == (1879048192, 1879048192 + ids.STRIDE)
+    os.close(held)
+    assert ids.claim(1879048192)[0] == first
+    os.close(other)
+    assert 1879048192 + ids.SERVERS * ids.STRIDE <= 1 << 31

@@ -37,4 +37,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'ok' if finding.ok else 'MISSING':9}{finding.name:{width}}  {one_line(finding.details)}")
         if finding.fix and not finding.ok:
             print(f"{'':9}{'':{width}}  fix: {one_line(finding.fix.removeprefix('Fix: '))}")
+    print("a server with these settings would run jobs" if good else "a server with these settings would not start")
     return 0 if good else 1

@@ -16,15 +16,19 @@ END_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def spawner(config: Config, environment: object = None) -> Iterator[socket.socket]:
+def spawner(config: Config, environment: object = None, interpreter: object = None) -> Iterator[socket.socket]:
     """The privileged process, and its socket for a `SpawnerClient`. It ends with the block, and all with it.
 
-    To be entered before anything starts a thread. `environment` is the one that the job wants, if any.
+    To be entered before anything starts a thread. `environment` is the one that the job wants, if any; `interpreter`
+    likewise, None if that is not known: each that is offered is tested first.
     """
-    from sandrun.spawner.supervisor import settings_from, start_spawner
+    from sandrun.spawner.supervisor import claim_ids, settings_from, start_spawner
 
-    settings = settings_from(config)
+    settings = settings_from(claim_ids(config))
     needed = tuple(known for known in settings.environments if known.name == environment)  # each costs a zygote
+    if interpreter is not None:
+        wanted = tuple(name for name in settings.interpreters if name in ("python3", interpreter))
+        settings = settings._replace(interpreters=wanted)
     pid, connection = start_spawner(settings._replace(environments=needed))
     descriptor = os.pidfd_open(pid)
     try:

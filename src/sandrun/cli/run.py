@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sandrun.cli import manifest, verdict
@@ -25,7 +25,7 @@ from sandrun.cli.settings import add_flags, load_config
 from sandrun.cli.terminal import JobStream, one_line, print_json, stderr_stream, stdout_stream
 from sandrun.config import Config
 from sandrun.errors import ProtocolError
-from sandrun.model import Ceilings, Outcome
+from sandrun.model import Ceilings, Outcome, interpreter_of
 
 if TYPE_CHECKING:
     import socket
@@ -99,8 +99,16 @@ def run(args: argparse.Namespace) -> int:
     text = manifest.encode(given) if given else None
     if args.outputs is not None:
         os.makedirs(args.outputs, exist_ok=True)  # a directory that cannot be made is known before the job has run
-    with spawner(config, given.get("environment")) as connection:
+    with spawner(config, given.get("environment"), _interpreter(given)) as connection:
         return asyncio.run(_run(args, config, connection, archive, text))
+
+
+def _interpreter(given: Mapping[str, Any]) -> str | None:
+    """The interpreter that a job will want, as far as that is known before its archive is read."""
+    if given.get("interpreter") is not None:
+        return str(given["interpreter"])
+    entrypoint = given.get("entrypoint")
+    return interpreter_of(entrypoint) if isinstance(entrypoint, str) else None
 
 
 async def _run(

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
+
 from sandrun.errors import SetupError
 
 BLOCK = 65536
 """Ids of one block: the first is api's, each further one a zygote's."""
+
+SERVERS, STRIDE = 32, 64 * BLOCK
+"""How many servers of one host have ids of their own, and how many ids each. All end below 2^31."""
+CLAIMS = "/run/sandrun.ids"
+"""Byte n is locked by the server whose ids begin n strides above the first. It lies in RAM and has no content."""
+_FLOCK = struct.Struct("hhqqixxxx")
+
+
+def claim(first: int) -> tuple[int, int]:
+    """Take a range of ids that no other server on this host has.
+
+    Returns: its first id, and the descriptor that holds the claim until it and its copies are closed, fcntl(2) "Open
+        file description locks".
+    Raises: SetupError if all are taken.
+    """
+    descriptor = os.open(CLAIMS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    for number in range(SERVERS):
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
+        except BlockingIOError:
+            continue
+        return first + number * STRIDE, descriptor
+    os.close(descriptor)
+    raise SetupError("uid range", 0, f"{SERVERS} servers run on this host, and have all ranges of ids")
 
 
 def choose_base(wanted: int, blocks: int, *, uid_map: str | None = None) -> int:

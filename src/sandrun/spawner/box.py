@@ -235,7 +235,7 @@ class Box:
             )
         found["uid_kind"] = "shared" if tenant.shared_uid else "own"
         found["filter"] = self.server.walls.filter
-        found["waived"] = sorted(self.server.walls.waived)
+        found["waived"] = self.server.walls.missing
         found["swap_closed"] = self.server.walls.swap_closed
         self.seen = found
 

@@ -10,6 +10,7 @@ dies, the rest follows or is replaced:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from sandrun import environments
 from sandrun.config import Config
 from sandrun.errors import SandrunError
-from sandrun.linux import process
+from sandrun.linux import ids, process
 from sandrun.spawner import protocol, server
 
 FINISH_SECONDS = 8.0
@@ -29,6 +30,19 @@ RESTARTS, RESTART_SECONDS = 5, 60.0
 """More deaths than these in this time, and the server gives up: a restart does not help."""
 HEARD = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 """Blocked in the supervisor and taken one by one by sigtimedwait(2): nothing interrupts it, nothing is missed."""
+
+
+_claims: list[int] = []
+"""Descriptors that hold this process's ranges of ids, to its end."""
+
+
+def claim_ids(config: Config) -> Config:
+    """The same settings with a range of host ids that no other server here has. Raises: SetupError."""
+    if os.geteuid() != 0:
+        return config
+    base, descriptor = ids.claim(config.uid_base)
+    _claims.append(descriptor)
+    return dataclasses.replace(config, uid_base=base)
 
 
 def settings_from(config: Config) -> server.Settings:
@@ -197,6 +211,7 @@ def serve(config: Config) -> int:
         return main.run(config, connection, control)
 
     try:
+        config = claim_ids(config)
         return Supervisor(config, serve_api).run()
     except SandrunError as error:
         _say(str(error))

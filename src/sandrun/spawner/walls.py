@@ -22,6 +22,7 @@ class Walls:
         landlock: ABI, 0 for none.
         noswap: tmpfs can be kept from swap by itself (Linux 6.4).
         swap_closed: no page of a job's reaches a swap device.
+        missing: the waived layers that do not stand.
         uid_base: first host id of the sandboxes, None with one uid.
     """
 
@@ -56,12 +57,25 @@ class Walls:
             self.noswap = _takes_noswap()
             self.uid_base = ids.choose_base(uid_base, 1 + environments) + ids.BLOCK  # the first block is api's
         self.core_limit = 1 if _cores_are_piped() else 0
+        self.missing = self._missing(cgroups)
+
+    def _missing(self, cgroups: cgroup.Cgroups) -> list[str]:
+        """The waived layers that do not stand. Only seccomp, landlock and cgroups are left out where they can be had."""
+        gone = set(cgroups.missing)
+        if not self.swap_closed:
+            gone.add("swap")
+        if not self.filter:
+            gone.add("seccomp")
+        if not self.landlock:
+            gone.add("landlock")
+        gone |= {LAYER_OF.get(n, n) for n, flag in report.NAMESPACE_FLAGS.items() if not self.namespaces & flag}
+        return sorted(gone & self.waived)
 
     def describe(self) -> dict[str, Any]:
         """For FACTS."""
         return {
             "cgroup": self.cgroup_mode,
-            "waived": sorted(self.waived),
+            "waived": self.missing,
             "uid": "shared" if self.uid_base is None else "own",
             "uid_base": self.uid_base,
             "filter": self.filter,
