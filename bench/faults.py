@@ -81,7 +81,6 @@ def measure(jobs: int) -> tuple[dict[int, Life], dict[str, list[int]]]:
             time.sleep(0.3)
             (folder / "tracing_on").write_text("0")
             text = (folder / "trace").read_text()
-        connection.close()
     return parse(text), parts
 
 

@@ -48,13 +48,16 @@ class Server:
         self.port = port
         self.log = log
         self.options = options
+        self.connections: list[wire.Connection] = []
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def connection(self, source: str = "127.0.0.1") -> wire.Connection:
-        return wire.Connection(self.port, source)
+        """Closed with the server."""
+        self.connections.append(wire.Connection(self.port, source))
+        return self.connections[-1]
 
     def parts(self) -> dict[str, list[int]]:
         """pids of supervisor, spawner, api, zygote and sandbox."""
@@ -122,7 +125,7 @@ def _await_answer(server: Server) -> None:
     while True:
         if server.process.poll() is not None:
             raise ServerFailed(f"the server ended with {server.process.returncode}: {server.tail()}")
-        with contextlib.suppress(OSError, wire.Failed), contextlib.closing(server.connection()) as connection:
+        with contextlib.suppress(OSError, wire.Failed), contextlib.closing(wire.Connection(server.port)) as connection:
             connection.json(wire.get("/health"))
             return
         if time.monotonic() > end:
@@ -131,6 +134,8 @@ def _await_answer(server: Server) -> None:
 
 
 def _stop(server: Server) -> None:
+    for connection in server.connections:
+        connection.close()
     if server.process.poll() is None:
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.05)

@@ -182,7 +182,6 @@ def measure(jobs: int, code: str, asked: dict[str, object]) -> tuple[list[Call],
                 marks.append((begin, time.monotonic()))
             (folder / "tracing_on").write_text("0")
             text = (folder / "trace").read_text()
-        connection.close()
     return parse(text, parts), marks
 
 

@@ -51,7 +51,6 @@ def cost(context: Context) -> Outcome:
                     for part, ms in _server_ms(parts).items():
                         shares.setdefault(part, []).append((ms - server_before[part]) / count)
                     shares.setdefault("load generator", []).append(own * 1000 / count)
-        connection.close()
     spreads = outcome.put_spreads("CPU of a hello job, ms", taken)
     parts_ms = {part: round(median(values), 3) for part, values in shares.items()}
     value = spreads[SANDRUN].p50
@@ -90,7 +89,6 @@ def memory(context: Context) -> Outcome:
         connection = ours.connection()
         for _ in range(context.counts.submit):
             connection.timed(HELLO, HELLO_PRINTED)
-        connection.close()
         processes.settled(ours.pid, 4.0)
         parts = ours.parts()
         pss = {part: processes.pss_bytes(pids) / MIB for part, pids in parts.items()}

@@ -41,5 +41,4 @@ def inside(context: Context) -> Outcome:
             spreads = outcome.put_spreads(f"{name}, ms", samples, 1000)
             details = {f"{who}_{rank}_ms": getattr(s, rank) for who, s in spreads.items() for rank in ("p10", "p50")}
             outcome.put(name, ratio(spreads[SANDRUN].p50, spreads["bare"].p50), details=details)
-        connection.close()
     return outcome

@@ -41,7 +41,6 @@ def latency(context: Context) -> Outcome:
         contenders, weights = _peers(context, programs.hello())
         contenders = {SANDRUN: lambda: connection.timed(HELLO, HELLO_PRINTED), **contenders}
         samples = interleave(contenders, context.counts.hello, weights=weights)
-        connection.close()
     spreads = outcome.put_spreads("hello, ms", samples, 1000)
     value, details = _compared(spreads, "bare")
     outcome.put("hello", value, details=details)
@@ -71,7 +70,6 @@ def numpy(context: Context) -> Outcome:
             contenders[peer.name] = lambda peer=peer: peer.run(program)  # type: ignore[misc]
             weights[peer.name] = peer.weight
         samples = interleave(contenders, context.counts.numpy, weights=weights)
-        connection.close()
     spreads = outcome.put_spreads("import numpy, ms", samples, 1000)
     value, details = _compared(spreads, "bare")
     outcome.put("numpy", value, details=details)
@@ -91,7 +89,6 @@ def cold(context: Context) -> Outcome:
         program = programs.hello()
         contenders = {SANDRUN: lambda: connection.timed(HELLO, HELLO_PRINTED), bare.name: lambda: bare.run(program)}
         samples = interleave(contenders, context.counts.cold)
-        connection.close()
     spreads = outcome.put_spreads("hello with no sandbox parked, ms", samples, 1000)
     value, details = _compared(spreads, "bare")
     outcome.put("cold", value, details=details)
@@ -121,7 +118,6 @@ def submit(context: Context) -> Outcome:
         bare = context.peers[0]
         program = programs.hello()
         samples = interleave({SANDRUN: once, bare.name: lambda: bare.run(program)}, context.counts.submit)
-        connection.close()
     spreads = outcome.put_spreads("10-file tarball to its output, ms", samples, 1000)
     value, details = _compared(spreads, "bare")
     outcome.put("submit", value, details=details)
@@ -159,5 +155,4 @@ def executed(context: Context) -> Outcome:
                 value, details = _compared(spreads, "bare")
                 note = ""
             outcome.put(name, value, note, details)
-        connection.close()
     return outcome

@@ -74,7 +74,6 @@ def sleepers(context: Context) -> Outcome:
         for job in jobs:
             result = wire.finished(connection, job)
             states[str(result["outcome"] if result["status"] == "failed" else "completed")] += 1
-        connection.close()
     if not running:
         notes.append(f"no more than {alive} sandboxes lived at once")
     asked = context.counts.sleepers
@@ -122,7 +121,6 @@ def queued(context: Context) -> Outcome:
             connection.exchange(wire.delete(f"/jobs/{job}"))
         time.sleep(2.0)
         left = processes.pss_bytes([api]) - before
-        connection.close()
     note = f"{waiting} waited at once; submitted at {number / submitted:.0f}/s, done at {number / drained:.0f}/s"
     outcome.put("queued", 100 * states["completed"] / number, note, states)
     outcome.put("queued-memory", grown / MIB, f"of {waiting} jobs")

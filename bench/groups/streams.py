@@ -50,7 +50,6 @@ def spam(context: Context) -> Outcome:
             rates.append((_printed(connection, job)[1] - printed) / (time.monotonic() - begin) / 1e6)
             connection.exchange(wire.delete(f"/jobs/{job}"))
             time.sleep(0.5)
-        connection.close()
     details = {"idle_ms": median(idle) * 1000, "beside_ms": median(beside) * 1000}
     outcome.put("spam", ratio(median(beside), median(idle)), f"it prints {median(rates):.0f} MB/s", details)
     outcome.put("spam-memory", max(grown), f"worst of {len(grown)}")
@@ -82,7 +81,6 @@ def subscribers(context: Context) -> Outcome:
         outcome.put("subscribers-lost", float(lost))
         told, details = _stalled(ours, connection, counts.stalled_bytes)
         outcome.put("subscribers-gap", float(told), details=details)
-        connection.close()
     return outcome
 
 

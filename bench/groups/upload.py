@@ -62,7 +62,6 @@ def uploads(context: Context) -> Outcome:
 
         contenders = {SANDRUN: submit, "hash and memfd": lambda: _hash_and_write(request), "tar xzf": untar}
         samples = interleave(contenders, context.counts.uploads, gap=0.2)
-        connection.close()
     what = f"{len(archive) / 1e6:.0f} MB upload, ms"
     taken = outcome.put_spreads(what, {name: samples[name] for name in (SANDRUN, "hash and memfd")}, 1000)
     unpacked = outcome.put_spreads(f"{size / 1e6:.0f} MB unpacked, ms", unpacking, 1000)
