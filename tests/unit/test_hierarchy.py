@@ -99,8 +99,14 @@ def test_v2_alone_serves_everything_with_one_directory():
 def test_hybrid_limits_on_v1_and_counts_freezes_and_kills_on_v2():
     found = choose(trees(m="memory", p="pids", c="cpu cpuacct", f="freezer"), unified())
     assert found.mode == "hybrid"
-    assert [tree.base for tree in found.trees] == ["/m", "/p", "/u"]
-    assert found.where == {"memory": 0, "pids": 1, "cpu": 2, "control": 2}
+    assert [tree.base for tree in found.trees] == ["/m", "/p", "/u", "/c"]
+    assert found.where == {"memory": 0, "pids": 1, "cpu": 2, "control": 2, "share": 3}
+
+
+def test_share_of_cpu_time_is_where_the_limits_are():
+    found = choose(trees(m="memory", p="pids", c="cpu", a="cpuacct", f="freezer"), None)
+    assert [tree.base for tree in found.trees] == ["/m", "/p", "/a", "/f", "/c"]
+    assert "share" not in choose(trees(c="cpu"), unified("memory", "pids")).where
 
 
 def test_pure_v1_takes_cpuacct_and_the_freezer():

@@ -10,6 +10,7 @@ What is used from where:
 
     memory, pids        the v1 hierarchy if the controller is mounted there, else v2
     CPU time            v2 cpu.stat, which needs no controller; pure v1: cpuacct.usage
+    CPU share           v1 cpu if there are limits on v1, else v2 cpu: the same for each sandbox; used where it is
     freeze and kill     v2 cgroup.freeze and cgroup.kill, which need no controller; pure v1: the freezer and SIGKILL
 
 A process enters by writing "0" to v1 `tasks` descriptors (`cgroup.procs` takes a lock that stalls for an RCU grace

@@ -48,7 +48,8 @@ class Hierarchy:
     Attributes:
         mode: "v2", "v1", "hybrid" (memory or pids on v1, a v2 tree beside it) or "none".
         trees: those that a sandbox needs a directory in; no tree twice.
-        where: for each of memory, pids, cpu (accounting), control (freeze and kill): an index into `trees`.
+        where: for each of memory, pids, cpu (accounting), control (freeze and kill), and on v1 share (of CPU time, the
+            same for each sandbox however many its processes; on v2 `enable_below` sees to it): an index into `trees`.
     """
 
     __slots__ = ("mode", "trees", "where")
@@ -73,7 +74,8 @@ def detect(*, use_v2: bool = True) -> Hierarchy:
     unified = next((tree for tree in trees if tree.version == 2), None) if use_v2 else None
     if unified is not None:
         unified.controllers = frozenset(read_file(f"{unified.base}/cgroup.controllers").split())
-    return choose([tree for tree in trees if tree.version == 1], unified)
+    v1 = [tree for tree in trees if tree.version == 1]
+    return choose([tree for tree in v1 if tree.controllers != {"cpu"} or os.access(tree.base, os.W_OK)], unified)
 
 
 def choose(v1: list[Tree], unified: Tree | None) -> Hierarchy:
@@ -96,6 +98,8 @@ def choose(v1: list[Tree], unified: Tree | None) -> Hierarchy:
     limits_on_v1 = any(tree.version == 1 for tree in trees)
     take("cpu", unified or on_v1("cpuacct"))
     take("control", unified or on_v1("freezer"))
+    if limits_on_v1:
+        take("share", on_v1("cpu"))
     if unified is not None:
         mode = "hybrid" if limits_on_v1 else "v2"
     else:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from sandrun.sandbox import collect, generators, messages, report, rootfs, script, unpack
 from sandrun.sandbox.spec import Nest, Spec, close
-from sandrun.sandbox.steps import COLLECTOR_STEPS, JOB_STEPS, StepFailed, take
+from sandrun.sandbox.steps import COLLECTOR_STEPS, JOB_STEPS, StepFailed, limit_tasks, take
 
 SETUP_FAILED = 125
 NOT_EXECUTABLE = 126
@@ -63,8 +63,10 @@ def _pass_gate(spec: Spec) -> dict[str, Any]:
         gate.send(messages.CONFINED + json.dumps(found, separators=(",", ":")).encode())
         step = "gate"
         message, descriptors, _, _ = socket.recv_fds(gate, 16, GO_DESCRIPTORS)
-        if message != messages.GO or len(descriptors) != GO_DESCRIPTORS:
+        if not message or len(descriptors) != GO_DESCRIPTORS:
             os._exit(SETUP_FAILED)  # the spawner is gone, or has seen what it must not see and says so itself
+        step = "task limit"
+        limit_tasks(messages.decode_go(message))
         step = "wishes"
         wishes_file, archive, *streams = descriptors
         wishes: dict[str, Any] = json.loads(_read_all(wishes_file))

@@ -22,7 +22,7 @@ HIT_PROCESSES, HIT_STORAGE = 1, 2
 CONFINED = b"c"  # job: every wall stands; the tail is the report measured inside
 ASSIGN = b"a"  # spawner: descriptors wishes, outputs; `ASSIGN_COLLECT` if outputs are wanted
 ASSIGN_COLLECT = b"A"
-GO = b"g"  # spawner: the host sees the same; descriptors wishes, archive, stdin, stdout, stderr
+GO = b"g"  # spawner: the host sees the same; `encode_go`, and descriptors wishes, archive, stdin, stdout, stderr
 RUNNING = b"x"  # job: files are unpacked, the next call is the client's; the tail is the time, `encode_time`
 FAILED = b"f"  # init or job: step NUL errno NUL text
 EXITED = b"e"  # init: the entrypoint is over and every process with it
@@ -31,6 +31,19 @@ END = b"k"  # spawner: kill the job, then go on as after its exit
 
 _EXITED = struct.Struct("<cBHiqqd")
 _TIME = struct.Struct("<d")
+_GO = struct.Struct("<cxH")
+
+
+def encode_go(tasks: int) -> bytes:
+    """`tasks` becomes the job's RLIMIT_NPROC."""
+    return _GO.pack(GO, tasks)
+
+
+def decode_go(message: bytes) -> int:
+    """Raises: ProtocolError if it is none."""
+    if len(message) != _GO.size or message[:1] != GO:
+        raise ProtocolError(f"{message[:1]!r} of {len(message)} bytes is no GO")
+    return int(_GO.unpack(message)[1])
 
 
 def encode_time(seconds: float) -> bytes:

@@ -261,7 +261,9 @@ class Box:
             wishes, *rest, outputs = descriptors
             kind = messages.ASSIGN_COLLECT if start.collect else messages.ASSIGN
             protocol.send(self.control, kind, [wishes, outputs])
-            protocol.send(self.gate, messages.GO, [wishes, *rest])
+            # One more than the cgroup's, which tells that it was met: so one fork at a time gets as far as that.
+            tasks = start.processes + (self.seen.get("limits", {}).get("tasks") is not None)
+            protocol.send(self.gate, messages.encode_go(tasks), [wishes, *rest])
         except OSError as error:
             self.fail(messages.failure(step, error))
 
