@@ -2,19 +2,23 @@
 
     ./scripts/test mutations [WORD...]     only those whose protection has one of the words in it
 
-Works in a git worktree with an environment of its own. Before anything is taken away, all named tests must pass there.
+Works in git worktrees with environments of their own, one for each CPU. Before anything is taken away, all named tests
+must pass there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import random
 import subprocess
 import sys
 import tempfile
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests import tiers  # noqa: E402
 
-SECONDS = 240
+SECONDS = 180
+ALL_SECONDS = 1200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +46,9 @@ class Mutation:
         """Edit the file; its former text."""
         path = tree / self.file
         text = path.read_text()
-        path.write_text(text.replace(self.old, self.new))
-        compile(path.read_text(), self.file, "exec")  # a syntax error would fail every test and prove nothing
+        changed = text.replace(self.old, self.new)
+        compile(changed, self.file, "exec")  # a syntax error would fail every test and prove nothing
+        path.write_text(changed)
         return text
 
 
@@ -79,17 +85,20 @@ def worktree() -> Iterator[Path]:
             subprocess.run([*git, "worktree", "prune"], cwd=ROOT, check=False)
 
 
-def outcomes(tree: Path, tests: list[str]) -> dict[str, str]:
+def outcomes(tree: Path, tests: list[str], seconds: float = SECONDS) -> dict[str, str]:
     """Run the tests in the tree: passed (all its cases did), skipped, or failed, for each of them."""
     report = tree.parent / "report.xml"
     report.unlink(missing_ok=True)
     command = tiers.pytest("report", tree / ".venv/bin/python", tree.parent, [], ["--no-summary", *tests])
     if os.geteuid() == 0 and not Path("/run/systemd/system").exists():
-        # What a protection held back must not reach this machine, and leave nothing behind. (systemd could not
-        # find us in a PID namespace, so there the tests rely on their own sandboxes.)
-        command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL", "--", *command]
+        # What a protection held back must not reach this machine, and leave nothing behind. (systemd could not find us
+        # in a PID namespace, so there the tests rely on their own sandboxes.) Pids begin somewhere of our own, because
+        # servers name their cgroups by them.
+        first = f'echo {random.randrange(1000, 20000)} >/proc/sys/kernel/ns_last_pid; "$@"; exit $?'
+        namespace = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child=KILL", "--", "sh", "-c", first, "sh"]
+        command = [*namespace, *command]
     with open(tree.parent / "output.txt", "wb") as output:
-        code = tiers.run(command, SECONDS, cwd=tree, env=tiers.environment(), output=output.fileno())
+        code = tiers.run(command, seconds, cwd=tree, env=tiers.environment(), output=output.fileno())
     found: dict[str, set[str]] = {test: set() for test in tests}
     if report.exists():
         for case in ET.parse(report).getroot().iter("testcase"):
@@ -114,26 +123,37 @@ def main(words: list[str]) -> int:
     if words:
         mutations = [m for m in mutations if any(w.lower() in m.protection.lower() for w in words)]
     tests = sorted({test for m in mutations for test in m.tests})
-    survived = 0
-    with worktree() as tree:
-        before = {test: v for test, v in outcomes(tree, tests).items() if v != "passed"}
+    with contextlib.ExitStack() as stack:
+        trees = [stack.enter_context(worktree()) for _ in range(min(os.cpu_count() or 1, len(mutations)))]
+        before = {t: v for t, v in outcomes(trees[0], tests, ALL_SECONDS).items() if v != "passed"} if trees else {}
         if before:
-            print((tree.parent / "output.txt").read_text(errors="replace")[-6000:])
+            print((trees[0].parent / "output.txt").read_text(errors="replace")[-6000:])
             print(f"mutations: with every protection in place: {before}", file=sys.stderr)
             return 1
-        for number, mutation in enumerate(mutations, 1):
-            former = mutation.apply(tree)
-            try:
-                after = outcomes(tree, list(mutation.tests))
-            finally:
-                (tree / mutation.file).write_text(former)
-            wrong = {test: v for test, v in after.items() if v != "failed"}
-            survived += bool(wrong)
-            print(f"{'SURVIVED' if wrong else 'caught':9}{number:3}/{len(mutations)} {mutation.protection}", flush=True)
-            for test, verdict in wrong.items():
-                print(f"         {test}: {verdict}", flush=True)
+        free = queue.SimpleQueue[Path]()
+        for tree in trees:
+            free.put(tree)
+        with ThreadPoolExecutor(max(1, len(trees))) as threads:
+            survived = sum(threads.map(lambda m: survives(m, free), mutations))
     print(f"{len(mutations) - survived} passed, {survived} failed", flush=True)
     return 1 if survived or not mutations else 0
+
+
+def survives(mutation: Mutation, free: queue.SimpleQueue[Path]) -> bool:
+    """Whether a test of this protection still passes without it, in the next free tree."""
+    tree = free.get()
+    try:
+        former = mutation.apply(tree)
+        try:
+            after = outcomes(tree, list(mutation.tests))
+        finally:
+            (tree / mutation.file).write_text(former)
+    finally:
+        free.put(tree)
+    wrong = {test: verdict for test, verdict in after.items() if verdict != "failed"}
+    lines = [f"{'SURVIVED' if wrong else 'caught':9}{mutation.protection}"]
+    print("\n".join([*lines, *(f"         {test}: {verdict}" for test, verdict in wrong.items())]), flush=True)
+    return bool(wrong)
 
 
 if __name__ == "__main__":
