@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx2
 import pytest
 
+from tests import packages, serving
 from tests.escape.probing import FRESH, IN_PLACE, PROGRAMS, PYTHON, Inside, Kind, succeeded
 from tests.serving import Api
 
@@ -283,3 +285,38 @@ print("canary" in sys.modules, "CANARY" in os.environ, "/canary" in sys.path)
 def test_job_in_place_leaves_nothing_in_the_next(insides: dict[str, Inside], api: Api) -> None:
     succeeded(insides["in-place"].run(LEAVES))
     assert succeeded(insides["in-place"].run(FINDS))["stdout"] == "False\nFalse False False\n"
+
+
+# ---- environments ------------------------------------------------------------------------------------------
+
+AROUND = """
+import os, site, sys, sysconfig, requests, subprocess
+print(sys.prefix, sys.base_prefix, sys.executable, sys.path, sys.flags, sys.orig_argv[1:])
+print(site.getsitepackages(), site.ENABLE_USER_SITE, sysconfig.get_paths()["purelib"], os.environ.get("VIRTUAL_ENV"))
+print(requests.__file__, sorted(k for k in os.environ))
+print(subprocess.check_output(["python3", "-c", "import sys, requests; print(sys.prefix)"], text=True))
+for place in (os.path.dirname(requests.__file__), sys.prefix + "/bin", "/environments", "/.caches"):
+    for attempt in (lambda: open(place + "/f", "w"), lambda: os.mkdir(place + "/d"), lambda: os.chmod(place, 0o777)):
+        try:
+            attempt()
+            print(place, "ok")
+        except OSError as error:
+            print(place, error.errno)
+"""
+
+
+@pytest.mark.requirement(9, 36)
+def test_environment_is_the_same_in_place_and_cannot_be_written() -> None:
+    """A virtual environment, as its own interpreter sees it; its files may well be the server's user's."""
+    with (
+        packages.state_directory("web") as state,
+        serving.running("--state-dir", state) as server,
+        httpx2.Client(base_url=server.url, timeout=60) as http,
+    ):
+        jobs = [Inside(kind, Api(http)).run(AROUND, environment="web") for kind in (IN_PLACE, FRESH)]
+    said = [succeeded(job)["stdout"] for job in jobs]
+    assert said[0] == said[1]
+    assert said[0].startswith("/environments/web /usr /environments/web/bin/python3 ['/job', ")
+    answers = [line.rsplit(" ", 1)[1] for line in said[0].splitlines()[4:] if line]
+    assert len(answers) == 12
+    assert set(answers) == {"30"}  # EROFS
