@@ -38,6 +38,7 @@ GROUPS: dict[str, Callable[[context.Context], Outcome]] = {
 }
 PLANS = {"full": context.FULL, "quick": context.QUICK, "tiny": context.TINY}
 ENVIRONMENT, PACKAGES = "data", ("numpy", "pandas", "matplotlib")
+BUSY = 0.1
 STATES = (machine.ROOT / ".venv/bench-state", machine.ROOT / ".venv/test-state")
 """Where the environment for numpy may be; the first is made if neither has it. Both go with .venv."""
 
@@ -96,7 +97,9 @@ def main(arguments: list[str]) -> int:
     print(f"peers: {', '.join(f'{name} {version}'.strip() for name, version in facts['peers'].items())}")
     for name, reason in state.absent.items():
         print(f"  without {name}: {reason}")
-    print(f"load at the start {facts['machine']['load_at_start']}, {facts['seconds']} s in all\n")
+    busy = facts["machine"]["busy_at_start"]
+    warning = "; FIGURES ARE BENT BY IT" if busy > BUSY else ""
+    print(f"other programs used {busy} of a core at the start{warning}; {facts['seconds']} s in all\n")
     print(results.spreads_table(outcomes.values()), end="\n\n")
     print(results.rows_table(one.as_json() for one in figures), end="\n\n")
     print(f"results: {folder}")

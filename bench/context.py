@@ -58,7 +58,7 @@ QUICK = Counts(
     hello=80, numpy=12, cold=25, submit=25, executed=12, inside=3,
     cost_rounds=1, cost_jobs=100, parked=40, parked_rounds=1, uploads=1, upload_bytes=30_000_000,
     load_rounds=1, load_seconds=1.0, clients=(2, 16, 256),
-    sleepers=60, sleep_seconds=5, queued=300, leaks=(100, 200, 300, 400), settle_seconds=2.0,
+    sleepers=60, sleep_seconds=4, queued=300, leaks=(100, 200, 300, 400), settle_seconds=1.0,
     spam_rounds=1, spam_hellos=15, subscribers=100, lines=80, stalled_bytes=30_000_000,
 )  # fmt: skip
 TINY = Counts(

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def meminfo() -> dict[str, int]:
 
 def load() -> float:
     return os.getloadavg()[0]
+
+
+def busy_share(seconds: float) -> float:
+    """CPU seconds a second that this machine uses without us, who sleep meanwhile."""
+    before, begin = cpu_ms(), time.monotonic()
+    time.sleep(seconds)
+    return (cpu_ms() - before) / 1000 / (time.monotonic() - begin)
 
 
 def cores() -> int:
@@ -92,4 +100,5 @@ def describe() -> dict[str, Any]:
         "python": _first_line(PYTHON, "--version"),
         "root": os.geteuid() == 0,
         "load_at_start": round(load(), 2),
+        "busy_at_start": round(busy_share(2.0), 2),
     }

@@ -21,6 +21,7 @@ ROWS = (
     Row("getppid", "inside", "a million getppid, inside ÷ outside", "×", 1.15),
     Row("files", "inside", "10,000 small files written, read, removed, inside ÷ outside", "×", 1.05),
     Row("cpu", "cost", "CPU time of a hello job over HTTP, all processes and the kernel", "CPU-ms", 5.0, goal=4.0),
+    Row("cpu-processes", "cost", "the same by the times of the server's own processes and sandboxes", "CPU-ms"),
     Row("cpu-ratio", "cost", "the same beside the bare interpreter", "× bare"),
     Row("server-memory", "memory", "supervisor, api, spawner, zygote and parked sandboxes, Pss", "MiB", 150),
     Row("parked", "parked", "a parked sandbox, by MemAvailable", "MiB", 2.5, goal=2.0),
