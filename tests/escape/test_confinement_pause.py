@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,7 +151,7 @@ NODE = "const t = Date.now(); setTimeout(() => console.log(Date.now() - t >= 499
 def test_other_programs_wait_as_long_as_they_should(
     name: str, code: str, expected: str, pauser: Pauser, running_server: Server, api: Api
 ) -> None:
-    more = {"interpreter": "bash"} if name == "main.sh" else {}
+    more: dict[str, Any] = {"interpreter": "bash"} if name == "main.sh" else {}
     entrypoint = name.replace("main", token := new_token())
     with (
         holding(api, running_server, token, {entrypoint: code}, entrypoint=entrypoint, **more) as job,

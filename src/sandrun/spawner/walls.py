@@ -60,7 +60,7 @@ class Walls:
         self.missing = self._missing(cgroups)
 
     def _missing(self, cgroups: cgroup.Cgroups) -> list[str]:
-        """The waived layers that do not stand. Only seccomp, landlock and cgroups are left out where they can be had."""
+        """The waived layers that do not stand. Seccomp, Landlock and cgroups are left out if waived."""
         gone = set(cgroups.missing)
         if not self.swap_closed:
             gone.add("swap")
