@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     state = prepare(context.Context(counts=PLANS[plan], peers=[]), asked.peer, wants_data="numpy" in chosen)
     facts: dict[str, Any] = {
         "machine": machine.describe(),
-        "peers": {peer.name: f"{peer.version()} {peer.remark}".strip() for peer in state.peers},
+        "peers": {peer.name: peer.version() for peer in state.peers},
         "absent": state.absent,
     }
     try:

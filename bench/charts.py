@@ -56,7 +56,7 @@ def _bars(chart: Chart) -> tuple[str, int]:
             f'<text x="{beside:.1f}" y="{y + 15}" fill="#1f2328">{figure(p50)} {chart.unit}</text>\n'
         )
     height = TOP + 8 + len(chart.bars) * ROW + 14
-    note = f'<text x="16" y="{height - 6}" fill="{INK}" font-size="11">bar: p50; line: p10 to p90</text>\n'
+    note = f'<text x="16" y="{height - 6}" fill="{INK}" font-size="11">{chart.legend}</text>\n'
     return "".join(parts) + note, height + 6
 
 

@@ -101,7 +101,7 @@ class Chart:
 
     Attributes:
         name: its file is `<name>.svg`.
-        bars: label, p50, p10, p90; the first is ours.
+        bars: label, middle, low, high; the first is ours. `legend` tells what these are.
         lines: label -> points (x, y); the x axis is logarithmic.
     """
 
@@ -109,6 +109,7 @@ class Chart:
     title: str
     unit: str
     x_title: str = ""
+    legend: str = "bar: p50; line: p10 to p90"
     bars: list[tuple[str, float, float, float]] = field(default_factory=list)
     lines: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 

@@ -77,13 +77,11 @@ class Peer:
     Attributes:
         name: in tables.
         weight: it is measured once in so many rounds: slow ones would take all the time.
-        remark: what it lacks here.
     """
 
     name = "bare"
     program = machine.PYTHON
     weight = 1
-    remark = ""
 
     def command(self, program: Program, worker: int = 0) -> list[str]:
         """The command line; `worker` tells apart those that run at once."""
@@ -197,15 +195,11 @@ def _replaced(text: str, names: Mapping[str, str]) -> str:
 class Runtime(Peer):
     """An OCI runtime: a bundle for each program and worker, made before the measurement."""
 
-    def __init__(
-        self, name: str, program: str, weight: int, options: tuple[str, ...] = (), *, lenient: tuple[str, ...] = ()
-    ) -> None:
-        """`lenient`: options with which it may run where it cannot set limits."""
+    def __init__(self, name: str, program: str, weight: int, options: tuple[str, ...] = ()) -> None:
         self.name = name
         self.program = _find(program)
         self.weight = weight
         self._options = options
-        self._lenient = lenient
         self._folder: Path | None = None
         self._ids: dict[tuple[tuple[str, ...], int], str] = {}
 
@@ -221,14 +215,6 @@ class Runtime(Peer):
         name = self._ids[key]
         root = self._folder / "state"
         return [self.program, "--root", str(root), *self._options, "run", "--bundle", str(self._folder / name), name]
-
-    def try_out(self, program: Program) -> str:
-        reason = super().try_out(program)
-        if reason and self._lenient and self.program:
-            self._options, self._lenient = self._lenient, ()
-            self.remark = "without limits"
-            reason = super().try_out(program) and reason
-        return reason
 
     def close(self) -> None:
         if self._folder is not None:
@@ -249,7 +235,7 @@ def known() -> tuple[Peer, ...]:
     return (
         Bare(),
         Bubblewrap(),
-        Runtime("crun", "crun", 4, lenient=("--cgroup-manager=disabled",)),
+        Runtime("crun", "crun", 4),
         Runtime("runc", "runc", 8),
         Nsjail(),
         Runtime("gVisor", "runsc", 16, ("--network=none", "--ignore-cgroups")),

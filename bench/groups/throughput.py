@@ -61,7 +61,9 @@ def throughput(context: Context) -> Outcome:
     outcome.put("rate", ratio(best[SANDRUN][0], best["bare"][0]), note, at_best, bare_at_once=best["bare"][1])
     bars = [(who, rate, min(rates[who][n]), max(rates[who][n])) for who, (rate, n) in best.items()]
     title = 'print("hello") jobs a second, each at its best'
-    outcome.charts.append(Chart(name="rate", title=title, unit="jobs/s", bars=bars))
+    outcome.charts.append(
+        Chart(name="rate", title=title, unit="jobs/s", bars=bars, legend="bar: median; line: least to most")
+    )
     return outcome
 
 
