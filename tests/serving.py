@@ -145,6 +145,8 @@ def start(directory: Path, *flags: str, env: Mapping[str, str] | None = None, wa
     log = directory / f"server-{port}.log"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SANDRUN_")}
     command = [str(SANDRUN), "serve", "--port", str(port), *(default_flags() if waive else []), *flags]
+    if "--client-running-share" not in flags:  # all tests are one client, and a small machine has few places
+        command += ["--client-running-share", "1"]
     if "--state-dir" not in flags:
         command += ["--state-dir", str(directory)]
     with open(log, "wb") as stderr:
