@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sandrun.linux import landlock, process
+from sandrun.linux import cgroup, landlock, process
 from sandrun.model import Outcome
 from sandrun.spawner import box, nursery, protocol, tenant
 from sandrun.spawner.selftest import TICKETS
@@ -272,3 +273,62 @@ async def test_with_one_uid_init_and_job_are_apart_all_the_same(tmp_path: Path) 
         done = await running
     assert (done.ended.outcome, done.ended.signal) == (Outcome.SIGNALED, 9)
     assert done.host["uid_kind"] == "shared"
+
+
+# ---- what is left when a part dies -------------------------------------------------------------------------
+
+
+def is_gone(pid: int) -> bool:
+    found = host.process(pid)
+    return found is None or found.state in "ZX"
+
+
+@ROOT
+@pytest.mark.requirement(34)
+async def test_start_looks_for_what_a_killed_server_left(tmp_path: Path) -> None:
+    """Before it makes anything of its own; what is found and ended, tests/kernel/test_cgroup.py tells."""
+    looked = mmap.mmap(-1, 1)  # shared with the spawner
+
+    def patch() -> None:
+        good = cgroup.Cgroups.remove_leftovers
+
+        def remove_leftovers(self: cgroup.Cgroups) -> int:
+            looked[0] = 1
+            return good(self)
+
+        cgroup.Cgroups.remove_leftovers = remove_leftovers  # type: ignore[method-assign]
+
+    async with spawned(tmp_path, patch=patch) as one:
+        await one.client.ready()
+    assert looked[0] == 1
+
+
+@pytest.mark.requirement(34)
+async def test_spawner_ends_with_its_api(tmp_path: Path) -> None:
+    """End of file is all that it needs, and its jobs and zygotes end with it."""
+    async with spawned(tmp_path) as one:
+        await one.client.ready()
+        running = asyncio.create_task(one.run("import time; time.sleep(20)"))
+        for _ in range(100):
+            if len(one.sandboxes()) > 2:
+                break
+            await asyncio.sleep(0.02)
+        members = host.descendants(one.pid)
+        one.client.close()
+        assert serving.wait_until(lambda: is_gone(one.pid), 2)
+        assert serving.wait_until(lambda: all(is_gone(p.pid) for p in members), 2)
+        assert (await running).ended.outcome is Outcome.WORKER_LOST
+
+
+@pytest.mark.requirement(34)
+async def test_zygote_that_was_killed_is_replaced_and_its_job_lost(tmp_path: Path) -> None:
+    async with spawned(tmp_path) as one:
+        await one.client.ready()
+        running = asyncio.create_task(one.run("import time; print('begun', flush=True); time.sleep(20)"))
+        await asyncio.sleep(0.4)
+        (zygote,) = (p for p in host.descendants(one.pid) if "sandrun: zygote" in p.title)
+        os.kill(zygote.pid, signal.SIGKILL)
+        lost = await asyncio.wait_for(running, 3)
+        assert (lost.ended.outcome, lost.stdout) == (Outcome.WORKER_LOST, "begun\n")
+        again = await asyncio.wait_for(one.run(), 5)
+        assert (again.ended.outcome, again.stdout) == (Outcome.EXITED, "hello\n")

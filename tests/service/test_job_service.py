@@ -317,7 +317,7 @@ async def test_run_that_waits_too_long_is_sent_away_with_nothing_kept(new_world:
     first = await world.submit()
     held = world.service.counts["store_used_bytes"]
     with pytest.raises(Overloaded, match=r"waited 0\.1 s") as refused:
-        await world.run()
+        await asyncio.wait_for(world.run(), 5)
     assert not refused.value.client_at_fault
     assert refused.value.retry_after_seconds > 0
     assert world.service.counts["store_used_bytes"] == held

@@ -209,6 +209,14 @@ def test_all_strings_together_are_bounded():
         manifest_from({**fields, "args": ["x" * 100_000] * 9}, HIGHEST)
 
 
+def test_globs_together_are_bounded():
+    """Each is compiled for the job."""
+    patterns = ["x" * 250] * 60
+    assert len(manifest_from({"entrypoint": "a.py", "outputs": patterns}, HIGHEST).outputs or ()) == 60
+    with pytest.raises(InvalidInput, match="outputs"):
+        manifest_from({"entrypoint": "a.py", "outputs": [*patterns, *patterns]}, HIGHEST)
+
+
 @pytest.mark.parametrize(
     ("field", "low", "high"),
     [("timeout", 1, 3600), ("memory_mb", 64, 2048), ("cpu_seconds", 0.1, 3600), ("processes", 1, 100)],

@@ -130,6 +130,18 @@ def test_running_jobs_are_never_forgotten_for_room():
     assert world.forgotten == []
 
 
+def test_clients_within_their_shares_stay_within_the_whole():
+    world = World(client_budget=600)
+    world.ended("a", 450)
+    world.running("b", 400, BOB)
+    assert world.forgotten == ["a"]
+    assert world.store.ledger.used_bytes == 400
+    account = world.store.open(ALICE)
+    account.take(300)
+    assert not account.grant(301)
+    assert account.grant(300)
+
+
 def test_client_over_its_share_pays_with_its_own_jobs_only():
     world = World(client_budget=400)
     world.ended("bob", 100, BOB)
