@@ -77,6 +77,7 @@ class Built:
 
     packages: dict[str, str]
     python: str
+    libraries: tuple[str, ...] = ()
 
 
 def fill(order: Order, target: str) -> Built:
@@ -242,7 +243,8 @@ def _in_child(order: Order, scratch: str, uid: int | None, variables: dict[str, 
         if "failed" in value:
             raise BuildError(show(value["failed"], 300))
         packages = {str(name): str(version) for name, version in value["packages"].items()}
-        return Built(packages=packages, python=str(value["python"]))
+        libraries = tuple(map(str, value.get("libraries", ())))
+        return Built(packages=packages, python=str(value["python"]), libraries=libraries)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BuildError("the builder died without a report") from None
 
@@ -293,9 +295,11 @@ def _steps(order: Order, scratch: str, variables: dict[str, str]) -> dict[str, A
     # Its failure is none: packages ship files of Python 2. -P and not -I, which would ignore PYTHONHASHSEED.
     paths = ("-s", target, "-p", order.mounted, "--invalidation-mode", "unchecked-hash", target)
     run("compileall", order.python, "-P", "-m", "compileall", "-qq", *paths, must=False)
-    if order.preload:
-        run("import of a module to preload", inside, "-I", "-B", "-c", _IMPORT, *order.preload)
     answer: dict[str, Any] = json.loads(run("listing the packages", inside, "-I", "-c", _LIST, capture=True))
+    if order.preload:
+        said = run("import of a module to preload", inside, "-I", "-B", "-c", _IMPORT, *order.preload, capture=True)
+        _, _, found = said.decode().rpartition("\n\n")  # modules may print something, too
+        answer["libraries"] = [path.replace(target, order.mounted) for path in found.splitlines()]
     return answer
 
 
@@ -310,6 +314,8 @@ _IMPORT = """
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
+found = {line.split(None, 5)[5].strip(): 0 for line in open("/proc/self/maps") if line.count("/") and ".so" in line}
+print("\\n", *reversed(found), sep="\\n")
 """
 
 

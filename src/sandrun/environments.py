@@ -46,6 +46,7 @@ class Environment:
         python: version of the interpreter that it was built for and is bound to.
         created: UTC, ISO 8601.
         preload: modules that its zygote loads, in this order.
+        libraries: shared objects that these load, as paths inside.
         path: the directory on the host; no client is told.
     """
 
@@ -55,6 +56,7 @@ class Environment:
     python: str
     created: str
     preload: tuple[str, ...]
+    libraries: tuple[str, ...]
     path: str
 
 
@@ -120,6 +122,7 @@ def build(
                 "python": built.python,
                 "created": _now(),
                 "preload": order.preload,
+                "libraries": built.libraries,
             }
             with open(os.path.join(unfinished, DESCRIPTION), "x", encoding="utf-8") as stream:
                 json.dump(value, stream, indent=1)
@@ -298,7 +301,8 @@ def _read(base: str, name: str) -> Environment:
             digest=str(value["digest"]),
             python=str(value["python"]),
             created=str(value["created"]),
-            preload=_check_preload(value.get("preload", ())),  # older versions knew none
+            preload=_check_preload(value.get("preload", ())),  # older versions knew neither
+            libraries=tuple(map(str, value.get("libraries", ()))),
             path=path,
         )
     except (OSError, ValueError, KeyError, TypeError, InvalidInput) as error:

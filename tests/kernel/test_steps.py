@@ -313,7 +313,7 @@ async def test_zygote_that_never_says_a_word_is_ended(tmp_path: Path) -> None:
     def patch() -> None:
         tenant.WARM_SECONDS = 0.3
 
-    change = ("facts = _prepare(config, nest)", "import time; time.sleep(60)")
+    change = ("_kept.append(nest)", "import time; time.sleep(60)")
     async with spawned(tmp_path, without("spawner/zygote", change), patch=patch) as one:
         error = await refused(one)
     assert error.step == "zygote"

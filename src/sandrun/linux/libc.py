@@ -32,9 +32,13 @@ _COMMON = {
     "landlock_restrict_self": 446,
 }
 _BY_MACHINE = {
-    "x86_64": {"capget": 125, "capset": 126, "pivot_root": 155, "process_vm_readv": 310, "seccomp": 317},
-    "aarch64": {"capget": 90, "capset": 91, "pivot_root": 41, "process_vm_readv": 270, "seccomp": 277},
-}
+    "x86_64": {
+        "capget": 125, "capset": 126, "pivot_root": 155, "exit_group": 231, "process_vm_readv": 310, "seccomp": 317,
+    },
+    "aarch64": {
+        "capget": 90, "capset": 91, "pivot_root": 41, "exit_group": 94, "process_vm_readv": 270, "seccomp": 277,
+    },
+}  # fmt: skip
 
 MACHINE = os.uname().machine
 # A 32-bit interpreter on a 64-bit kernel has other numbers and other structures.

@@ -24,7 +24,7 @@ from opcode import opmap
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from sandrun.linux import process
+from sandrun.linux import exits, process
 from sandrun.sandbox.rootfs import WORK
 
 MARKER = "sandrun" + "x" * 120
@@ -131,9 +131,27 @@ def forget_archive() -> None:
         del sys.path_importer_cache[entry]
 
 
+def remember() -> None:
+    """Note what is loaded, in the zygote, when all is, so that a job's end can leave it alone.
+
+    The names of modules move together: whoever looks through them later counts references to them, which copies the
+    pages that they are on.
+    """
+    modules = {"".join(list(name)): module for name, module in sys.modules.items()}
+    sys.modules.clear()
+    sys.modules.update(modules)
+    _State.known = frozenset({name for name in modules if not _is_ours(name)} - {"__main__"})
+    _State.files = frozenset({name.partition(".")[0] for name in _State.known}) - BUILT_IN
+    exits.mark()
+
+
+def _is_ours(name: str) -> bool:
+    return name == "sandrun" or name.startswith("sandrun.")
+
+
 def prepare() -> None:
     """Take what is Sandrun's out of the client's sight, before there is a client."""
-    for name in [name for name in sys.modules if name == "sandrun" or name.startswith("sandrun.")]:
+    for name in [name for name in sys.modules if _is_ours(name)]:
         _increment(sys.modules.pop(name))  # never freed: its pages are the zygote's
     custom = sys.modules.get("sitecustomize")  # the import machinery still needs the name, nobody what is in it
     if custom is not None:
@@ -145,8 +163,6 @@ def prepare() -> None:
     main.__dict__.update(__builtins__=sys.modules["builtins"], __annotations__={})
     _increment(sys.modules["__main__"])
     sys.modules["__main__"] = main
-    _State.known = frozenset(sys.modules) - {"__main__"}
-    _State.files = frozenset({name.partition(".")[0] for name in _State.known}) - BUILT_IN
 
 
 def eclipsed(entrypoint: str) -> bool:
@@ -250,9 +266,23 @@ _finish = hidden(_finish)
 
 
 def _spare() -> None:
-    """Where the interpreter ends by itself after all: take what the zygote had loaded out of its tidying up."""
-    for name in _State.known:
-        if name in sys.modules:
-            _increment(sys.modules[name])
-            if name not in ("sys", "builtins"):  # the interpreter expects these to be there to its end
-                del sys.modules[name]
+    """Take what the zygote had loaded out of the tidying up, the interpreter's own too.
+
+    A module that leaves `sys.modules` has a reference less, and its page is copied for that. So they don't leave: their
+    whole table is set aside, and is never freed.
+    """
+    theirs = [name for name in sys.modules if name not in _State.known]
+    stay = {name: sys.modules[name] for name in NEEDED if name in sys.modules}
+    stay.update((name, sys.modules.pop(name)) for name in theirs)
+    aside: dict[str, ModuleType] = {}
+    _increment(aside)
+    body = ctypes.string_at(id(sys.modules) + HEAD_BYTES, BODY_BYTES)
+    ctypes.memmove(id(sys.modules) + HEAD_BYTES, id(aside) + HEAD_BYTES, BODY_BYTES)
+    ctypes.memmove(id(aside) + HEAD_BYTES, body, BODY_BYTES)
+    sys.modules.update(stay)
+    exits.shorten()
+
+
+NEEDED = ("sys", "builtins")
+"""The interpreter expects these modules to be there to its end."""
+HEAD_BYTES, BODY_BYTES = object.__basicsize__, dict.__basicsize__ - object.__basicsize__

@@ -22,7 +22,8 @@ from sandrun.spawner import protocol, zygote
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
     "__init__ bounds errors "
-    "linux/__init__ linux/libc linux/process linux/mounts linux/capabilities linux/seccomp linux/landlock "
+    "linux/__init__ linux/libc linux/memory linux/exits linux/process linux/mounts linux/capabilities linux/seccomp "
+    "linux/landlock "
     "sandbox/__init__ sandbox/spec sandbox/messages sandbox/steps sandbox/rootfs sandbox/report sandbox/script "
     "sandbox/generators sandbox/unpack sandbox/tar sandbox/collect sandbox/job sandbox/init "
     "spawner/__init__ spawner/protocol spawner/preload spawner/zygote"
@@ -63,6 +64,7 @@ class Recipe(NamedTuple):
         name: of the environment, "" for the bare interpreter.
         environment: the environment's folder on the host, or None.
         python: path of the interpreter inside.
+        preload: modules that the zygote loads, after the shared objects `libraries`.
         uid_base: first of its `ids.BLOCK` host ids (0 inside is its own, then two a sandbox), or None with one uid.
         nest: keyword arguments of `sandbox.spec.Nest`, filters in hexadecimal.
     """
@@ -72,6 +74,7 @@ class Recipe(NamedTuple):
     rootfs: str
     python: str
     preload: tuple[str, ...]
+    libraries: tuple[str, ...]
     uid_base: int | None
     nest: dict[str, Any]
 
@@ -117,7 +120,10 @@ def start(recipe: Recipe, archive: int, cgroup: Cgroup | None) -> Zygote:
     entries = cgroup.entry_fds() if cgroup is not None else []
     directory = cgroup.directory_fd() if cgroup is not None else None
     config = sealed(
-        json.dumps({"name": recipe.name, "preload": recipe.preload, "nest": recipe.nest}).encode(), "config"
+        json.dumps(
+            {"name": recipe.name, "preload": recipe.preload, "libraries": recipe.libraries, "nest": recipe.nest}
+        ).encode(),
+        "config",
     )
     try:
         pid, pidfd = process.clone3(NAMESPACES, cgroup_fd=directory)

@@ -6,6 +6,8 @@ defining names must not outlast it: threads, processes, open files. What it look
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 import time
@@ -30,8 +32,11 @@ PATIENCE_SECONDS = 2.0
 """For threads that are about to end, as matplotlib's, which would tell that looking for fonts takes long."""
 
 
-def load(names: list[str], nest: Nest) -> None:
+def load(names: list[str], libraries: list[str], nest: Nest) -> None:
     """Load modules, and note in `nest` what jobs have to know.
+
+    Shared objects go first: mapped between the interpreter's own memory, they would keep it from being put together
+    (`linux.memory.collapse`). One that is not there, or no more, is no matter: a module loads what it needs.
 
     Raises: StepFailed whose step names the module; its cause tells what is wrong with it.
     """
@@ -42,6 +47,9 @@ def load(names: list[str], nest: Nest) -> None:
         os.chdir(rootfs.WORK)
         sys.argv = [""]
         asked = _Asked(job.default_environment(nest) | VARIABLES)
+        for path in libraries:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(path, os.RTLD_LOCAL)
         for name in names:
             step = f"preload {name}"
             __import__(name)

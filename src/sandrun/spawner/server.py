@@ -133,6 +133,7 @@ class Server:
                 rootfs=settings.rootfs,
                 python=argvs["python3"][0],
                 preload=environment.preload if environment is not None else (),
+                libraries=environment.libraries if environment is not None else (),
                 uid_base=None if base is None else base + ids.BLOCK * number,
                 nest=self.walls.nest(argvs, path, inside),
             )

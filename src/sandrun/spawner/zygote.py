@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import Any
 
-from sandrun.linux import process
+from sandrun.linux import memory, process
 from sandrun.sandbox import init, messages, rootfs, script
 from sandrun.sandbox.spec import INIT_UID, JOB_UID, Nest, Spec
 from sandrun.sandbox.steps import StepFailed
@@ -20,6 +20,10 @@ from sandrun.spawner import preload, protocol
 
 CODE, CONFIG, SOCKET = 3, 4, 5
 """Descriptors that the spawner hands over."""
+
+
+_kept: list[object] = []
+"""What a job must not free, because to free is to write, and to write copies a page."""
 
 
 def main() -> None:
@@ -32,8 +36,9 @@ def main() -> None:
         process.set_title(f"sandrun: zygote {config['name'] or 'bare'}")
         process.set_name("sandrun-zygote")
         nest = _make_nest(config)
-        facts = _prepare(config, nest)
-        protocol.send(connection, protocol.encode_facts(protocol.WARM, facts))
+        _kept.append(nest)
+        protocol.send(connection, protocol.encode_facts(protocol.WARM, _prepare(config, nest)))
+        del config
     except StepFailed as error:
         failure = messages.failure(error.step, error.__cause__ or error)
         protocol.send(connection, protocol.encode_refused(0, failure))
@@ -64,13 +69,16 @@ def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
         reason = str(error)
     script.forget_archive()
     if config["preload"]:
-        preload.load(config["preload"], nest)
+        preload.load(config["preload"], config["libraries"], nest)
     for _ in range(2):
         script.warm_up()
     os.environ.pop("PYTHONPATH", None)
+    modules = sorted(n for n in sys.modules if not n.startswith(("sandrun", "sitecustomize", "__main__")))
+    script.remember()
     gc.collect()
     gc.freeze()
-    modules = sorted(n for n in sys.modules if not n.startswith(("sandrun", "sitecustomize", "__main__")))
+    if config["preload"]:
+        memory.collapse()  # a bare interpreter is small enough to be better off without
     return {
         "python": sys.version.split()[0],
         "in_place": script.ready(),

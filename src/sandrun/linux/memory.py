@@ -1,0 +1,44 @@
+"""How this process's own memory is mapped."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+
+from sandrun.linux import libc
+
+MADV_COLLAPSE = 25
+HUGE_BYTES = 2 << 20
+"""Of a huge page on x86-64, and on aarch64 with pages of 4 KiB."""
+
+_madvise = libc.bind("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_ANONYMOUS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 +(?:\[heap\])?\n")
+
+
+def collapse() -> int:
+    """Put the memory that this process has written to into huge pages, where it lies close together.
+
+    A fork copies, and the end of a process takes down, one entry for such a page instead of 512; a page of it that is
+    written to later is still copied alone. madvise(2) "MADV_COLLAPSE" (Linux 6.1); where it is refused all stays as
+    it is.
+
+    Returns: how many huge pages there are now.
+    """
+    done = 0
+    descriptor = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = b""
+        while part := os.read(descriptor, 65536):
+            text += part
+    finally:
+        os.close(descriptor)
+    for found in _ANONYMOUS.finditer(text):
+        start, end = int(found[1], 16), int(found[2], 16)
+        for place in range(-(-start // HUGE_BYTES) * HUGE_BYTES, end - HUGE_BYTES + 1, HUGE_BYTES):
+            try:
+                _madvise(place, HUGE_BYTES, MADV_COLLAPSE)
+                done += 1
+            except OSError:
+                continue  # nothing is there, or this kernel cannot do it
+    return done
