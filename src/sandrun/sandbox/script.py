@@ -16,6 +16,7 @@ import ctypes
 import gc
 import io
 import os
+import site
 import stat
 import sys
 from _weakref import ref
@@ -53,11 +54,13 @@ _increment.argtypes, _increment.restype = [ctypes.py_object], None
 
 class _State:
     """Attributes: ready: `find` liked what it saw; known: modules that the zygote had loaded; files: names by which a
-    job would find others; entrypoint: the job's."""
+    job would find others; user_site: what `site` says of the user's, if start-up has nothing to do there; entrypoint:
+    the job's."""
 
     ready = False
     known: frozenset[str] = frozenset()
     files: frozenset[str] = frozenset()
+    user_site: bool | None = None
     entrypoint = ""
 
 
@@ -143,6 +146,8 @@ def remember() -> None:
     _State.known = frozenset({name for name in modules if not _is_ours(name)} - {"__main__"})
     _State.files = frozenset({name.partition(".")[0] for name in _State.known}) - BUILT_IN
     exits.mark()
+    if site.ENABLE_USER_SITE and not any(finder.find_spec("usercustomize", None) for finder in sys.meta_path):
+        _State.user_site = site.ENABLE_USER_SITE
 
 
 def _is_ours(name: str) -> bool:
@@ -193,6 +198,8 @@ def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> Non
         buffer = io.BufferedReader(io.FileIO(0, "rb", closefd=False))
         given = sys.stdin
         sys.stdin = sys.__stdin__ = io.TextIOWrapper(buffer, given.encoding, given.errors, "\n")  # type: ignore[misc]
+    if _State.user_site is not None:
+        site.ENABLE_USER_SITE = None  # else start-up looks for it again, along the whole path: 60 pages
     stand_in = ModuleType("runpy")
     stand_in._run_module_as_main = hidden(_run)  # type: ignore[attr-defined]
     sys.modules["runpy"] = stand_in
@@ -201,6 +208,8 @@ def become(entrypoint: str, args: list[str], environment: dict[str, str]) -> Non
 def _run(*_: object) -> None:
     """What `pymain_run_file` does, and then the shorter end."""
     del sys.modules["runpy"]
+    if _State.user_site is not None:
+        site.ENABLE_USER_SITE = _State.user_site
     path = f"{WORK}/{_State.entrypoint}".encode(errors="surrogateescape")
     sys.path[0] = os.path.dirname(os.path.realpath(path)).decode(errors="surrogateescape")
     failed = _run_file(_fopen(path, b"rb"), path, 1, None) != 0  # it prints what is raised, and ends on SystemExit
