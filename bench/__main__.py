@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import signal
 import subprocess
@@ -37,7 +38,7 @@ GROUPS: dict[str, Callable[[context.Context], Outcome]] = {
     "subscribers": streams.subscribers,
 }
 PLANS = {"full": context.FULL, "quick": context.QUICK, "tiny": context.TINY}
-ENVIRONMENT, PACKAGES = "data", ("numpy", "pandas", "matplotlib")
+ENVIRONMENT = "data"
 BUSY = 0.1
 STATES = (machine.ROOT / ".venv/bench-state", machine.ROOT / ".venv/test-state")
 """Where the environment for numpy may be; the first is made if neither has it. Both go with .venv."""
@@ -123,15 +124,23 @@ def prepare(state: context.Context, wanted: list[str] | None, *, wants_data: boo
     if not state.peers or state.peers[0].name != "bare":
         raise SystemExit(f"bench: {machine.PYTHON}: {state.absent.get('bare')}")
     if wants_data:
-        state.environments = next((one for one in STATES if (one / "environments" / ENVIRONMENT).exists()), None)
+        state.environments = next((one for one in STATES if preloads(one)), None)
         if state.environments is None:
             state.environments, state.environments_reason = build_environment(state)
     return state
 
 
+def preloads(state: Path) -> bool:
+    """Whether the environment is there, and its zygote has its modules loaded."""
+    try:
+        return bool(json.loads((state / "environments" / ENVIRONMENT / "environment.json").read_text()).get("preload"))
+    except FileNotFoundError:
+        return False
+
+
 def build_environment(state: context.Context) -> tuple[Path | None, str]:
     state.say("building the environment with numpy")
-    command = [str(server.SANDRUN), "environment", "build", ENVIRONMENT, *PACKAGES, "--state-dir", str(STATES[0])]
+    command = [str(server.SANDRUN), "environment", "build", ENVIRONMENT, "--state-dir", str(STATES[0])]
     env = {**os.environ, "PATH": machine.ENVIRONMENT["PATH"]}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
