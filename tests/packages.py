@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sandrun import environments
+from sandrun.ready import DEFINITIONS
 from tests import serving
 
 PACKAGES = {"data": ("numpy", "pandas", "matplotlib"), "web": ("requests",)}
@@ -33,7 +34,8 @@ def state_directory(*names: str) -> Iterator[str]:
         directory = CACHE if ours else stack.enter_context(serving.state_directory())
         for name in names:
             if name not in built(directory):
-                environments.build(name, PACKAGES[name], state_dir=str(directory), log=1)
+                packages = () if name in DEFINITIONS else PACKAGES[name]
+                environments.build(name, packages, state_dir=str(directory), log=1)
         yield str(directory)
 
 
@@ -41,4 +43,9 @@ def built(directory: Path) -> set[str]:
     """The environments there that today's interpreter can use."""
     python = f"python{os.path.realpath(environments.find_python()).rpartition('python')[2]}"
     found = environments.list_(str(directory))
-    return {one.name for one in found if os.path.isdir(os.path.join(one.path, "lib", python))}
+    return {
+        one.name
+        for one in found
+        if os.path.isdir(os.path.join(one.path, "lib", python))
+        and (one.name not in DEFINITIONS or one.preload == DEFINITIONS[one.name].preload)
+    }

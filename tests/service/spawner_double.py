@@ -12,9 +12,27 @@ from sandrun.model import Outcome, Usage
 from sandrun.sandbox import collect
 from sandrun.spawner.client import Ended, Order, SpawnerFacts
 
+DATA = {
+    "available": True,
+    "packages": {"numpy": "2.0.0"},
+    "digest": "d" * 64,
+    "created": "2026-01-01T00:00:00+00:00",
+    "preload": ["numpy"],
+    "python": "3.11.2",
+    "in_place": True,
+    "modules": ["json", "numpy", "numpy.linalg"],
+}
+BROKEN = {
+    **DATA,
+    "available": False,
+    "reason": "preload numpy: ImportError: no",
+    "python": None,
+    "in_place": None,
+    "modules": None,
+}
 FACTS = SpawnerFacts(
     interpreters={"python3": {"available": True}, "bash": {"available": True}, "node": {"available": False}},
-    environments={"": {}, "data": {}},
+    environments={"": {"available": True}, "data": DATA, "broken": BROKEN},
     isolation={},
     cores=1,
     ram_bytes=8 << 30,

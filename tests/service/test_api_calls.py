@@ -19,6 +19,7 @@ from sandrun.jobs.job import job_tag
 from sandrun.model import LOG_BYTES, MIB, Ceilings, Outcome
 from sandrun.sandbox import collect
 from tests.service.api_world import World, world
+from tests.service.spawner_double import BROKEN, DATA
 from tests.serving import tarball
 
 pytestmark = pytest.mark.usefixtures("no_new_descriptors")
@@ -638,7 +639,7 @@ async def test_draining_server_takes_no_jobs_and_still_answers(api: World) -> No
 
 async def test_environments_lists_package_sets_and_interpreters(api: World) -> None:
     told = (await api.http.get("/environments")).json()
-    assert told["environments"] == [{"name": "data"}]
+    assert told["environments"] == [{"name": "broken", **BROKEN}, {"name": "data", **DATA}]
     assert told["interpreters"]["python3"] == {"available": True}
 
 

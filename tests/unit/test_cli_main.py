@@ -167,7 +167,7 @@ def test_run_forks_before_it_imports_a_third_party_module(tmp_path: Path) -> Non
         "import sys\n"
         "import sandrun.cli.run\n"
         "from sandrun.cli.main import main\n"
-        "def spawner(config, environment):\n"
+        "def spawner(config, environment, interpreter):\n"
         "    print('\\n'.join(sys.modules), 'environment-' + environment); sys.exit()\n"
         "sandrun.cli.run.spawner = spawner\n"
         "main(['run', sys.argv[1]])\n"

@@ -71,10 +71,36 @@ class Health(msgspec.Struct, frozen=True):
     walls: dict[str, Any]
 
 
+class EnvironmentOffered(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A package set of the operator's.
+
+    Attributes:
+        available: jobs can have it; if not, `reason` tells why.
+        packages: name to version.
+        digest: SHA-256 over its files.
+        python: version of its interpreter, as that tells it.
+        preload: modules that its operator has jobs find loaded.
+        modules: all that a job finds loaded, these and what they load themselves.
+        in_place: Python jobs need not start an interpreter; if they do, `in_place_reason` tells why.
+    """
+
+    name: str
+    available: bool
+    packages: dict[str, str]
+    digest: str
+    created: str
+    python: str | None
+    preload: list[str]
+    modules: list[str] | None
+    in_place: bool | None
+    reason: str = ""
+    in_place_reason: str = ""
+
+
 class Environments(msgspec.Struct, frozen=True):
     """What jobs can be run with."""
 
-    environments: list[dict[str, Any]]
+    environments: list[EnvironmentOffered]
     interpreters: dict[str, Any]
 
 
@@ -115,7 +141,8 @@ class ServerCalls:
 
     async def environments(self, request: Request) -> Response:
         facts = self.service.facts
-        named = [{"name": name, **about} for name, about in sorted(facts.environments.items()) if name]
+        told = [{"name": name, **about} for name, about in sorted(facts.environments.items()) if name]
+        named = msgspec.convert(told, list[EnvironmentOffered])
         return Json(Environments(named, facts.interpreters), private=False)
 
     async def openapi(self, request: Request) -> Response:

@@ -260,9 +260,13 @@ class JobService:
         if manifest.interpreter not in available and manifest.interpreter != "executable":
             names = ", ".join(sorted(available))
             raise InvalidInput("interpreter", f"{show(manifest.interpreter)} is not on this server; accepted: {names}")
-        if manifest.environment is not None and manifest.environment not in facts.environments:
-            names = ", ".join(sorted(name for name in facts.environments if name)) or "none"
-            raise InvalidInput("environment", f"{show(manifest.environment)} is not on this server; accepted: {names}")
+        if manifest.environment is not None:
+            offered = sorted(name for name, fact in facts.environments.items() if name and fact.get("available", True))
+            if manifest.environment not in offered:
+                named, names = show(manifest.environment), ", ".join(offered) or "none"
+                reason = facts.environments.get(manifest.environment, {}).get("reason")
+                missing = f"withdrawn ({reason})" if reason else "not on this server"
+                raise InvalidInput("environment", f"{named} is {missing}; accepted: {names}")
 
     def _make(
         self,
