@@ -130,6 +130,7 @@ async def test_step_that_hangs_is_ended(tmp_path: Path) -> None:
     ("step", "module", "change"),
     [
         ("verify", "sandbox/job", ("found = report.measure(spec)", "raise OSError({errno}, 'spoilt')")),
+        ("task limit", "sandbox/job", ("limit_tasks(messages.decode_go(message))", "raise OSError({errno}, 'spoilt')")),
         ("snapshot", "sandbox/job", ('step = "snapshot"', 'step = "snapshot"; raise OSError({errno}, "spoilt")')),
         ("standard streams", "sandbox/job", ("os.dup2(stream, number)", "raise OSError({errno}, 'spoilt')")),
         ("init filter", "sandbox/init", ('step = "init filter"', 'step = "init filter"; raise OSError({errno}, "x")')),
@@ -191,6 +192,31 @@ async def test_collector_that_cannot_be_confined_collects_nothing(step: str, tmp
         assert not done.complete
         assert done.stdout == "hello\n"
         await assert_nothing_grows(one)
+
+
+@pytest.mark.requirement(20)
+@pytest.mark.parametrize("waived", [frozenset(), frozenset(("memory", "pids", "cpu"))], ids=["with cgroup", "without"])
+async def test_tasks_are_limited_by_two_walls(waived: frozenset[str], tmp_path: Path) -> None:
+    """RLIMIT_NPROC counts this job's tasks alone, in its own user namespace; without a cgroup it is the only one."""
+    code = """
+import os, resource, threading
+stop, made = threading.Event(), 1
+for _ in range(12):
+    try:
+        threading.Thread(target=stop.wait).start()
+        made += 1
+    except RuntimeError:
+        break
+print(made, *resource.getrlimit(resource.RLIMIT_NPROC))
+stop.set()
+"""
+    async with spawned(tmp_path, waived=waived | default_waived()) as one:
+        await one.client.ready()
+        for done in await asyncio.gather(*(one.run(code, processes=5) for _ in range(3))):
+            made, *limit = map(int, done.stdout.split())
+            assert made == 5
+            assert limit == ([5, 5] if waived | default_waived() else [6, 6])  # the cgroup's tells that it was met
+        assert (await one.run(code, processes=50)).stdout.startswith("13 ")
 
 
 # ---- the spawner's own -------------------------------------------------------------------------------------
@@ -330,7 +356,7 @@ async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_th
         job = asyncio.create_task(one.run())
         while not one.sandboxes():  # it is being built
             await asyncio.sleep(0.01)
-        (zygote,) = [p for p in host.descendants(one.pid) if "zygote" in p.title]
+        (zygote,) = [p for p in host.descendants(one.pid) if p.parent == one.pid]
         os.kill(zygote.pid, signal.SIGKILL)
         done = await job
         assert (done.ended.outcome, done.stdout) == (Outcome.EXITED, "hello\n"), done
@@ -349,7 +375,7 @@ async def test_job_that_runs_when_its_sandbox_dies_is_lost(whose: str, tmp_path:
         await asyncio.sleep(0.2)
         victims = [p for p in one.sandboxes() if p.pid_inside == 1]
         if whose == "zygote":
-            victims = [p for p in host.descendants(one.pid) if "zygote" in p.title]
+            victims = [p for p in host.descendants(one.pid) if p.parent == one.pid]
         for process in victims:
             os.kill(process.pid, signal.SIGKILL)
         done = await job
