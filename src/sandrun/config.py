@@ -169,7 +169,7 @@ class Config:
         "jobs", "number", 2.0, "sandboxes that run at once, for each core", low=0.1, high=100
     )
     memory_share: float = _setting(
-        "jobs", "number", 0.6, "part of RAM that running jobs' limits may promise together", low=0.05, high=1
+        "jobs", "number", 0.6, "part of RAM that running jobs' limits may promise together", low=0.05, high=16
     )
     client_running_share: float = _setting(
         "jobs", "number", 0.25, "part of the running places that one client may hold, at least one", low=0.01, high=1

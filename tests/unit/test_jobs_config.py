@@ -16,7 +16,7 @@ from sandrun.model import MIB
     [
         ("queued_jobs", 0),
         ("store_bytes", 5),
-        ("memory_share", 1.1),
+        ("memory_share", 16.1),
         ("ttl_seconds", 0),
         ("active_per_core", float("nan")),
     ],

@@ -28,7 +28,7 @@ class JobsConfig:
         client_queued_jobs: jobs of one client that wait, those being admitted included, 1–100000.
         run_queue_seconds: how long `/run` waits in the queue before it is told to come back, 0.1–3600.
         active_per_core: sandboxes that run at once, for each core, 0.1–100.
-        memory_share: the part of RAM that the limits of the running jobs may promise together, 0.05–1.
+        memory_share: the part of RAM that the limits of the running jobs may promise together, 0.05–16.
         client_running_share: the part of the running places that one client may hold (but always one), 0.01–1.
         failed_ttl_seconds: how long a failed job is kept after it was last looked at, 1–86400.
         ttl_seconds: the same for a completed one, 1–604800.
@@ -62,7 +62,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("client_queued_jobs", 1, 100_000),
     ("run_queue_seconds", 0.1, 3600.0),
     ("active_per_core", 0.1, 100.0),
-    ("memory_share", 0.05, 1.0),
+    ("memory_share", 0.05, 16.0),
     ("client_running_share", 0.01, 1.0),
     ("failed_ttl_seconds", 1.0, 86_400.0),
     ("ttl_seconds", 1.0, 604_800.0),

@@ -119,6 +119,10 @@ class Kept(Protocol):
 J = TypeVar("J", bound=Kept)
 
 
+SPARE_DEADLINES = 64
+"""Deadlines of jobs that are gone, before they are swept out."""
+
+
 class Store(Generic[J]):
     """All jobs by id. Ended ones are forgotten when their time is over, or oldest first when room is needed."""
 
@@ -174,7 +178,9 @@ class Store(Generic[J]):
 
     def remove(self, job: J) -> bool:
         """Forget it; False if it was not there."""
-        self._ended.pop(job.id, None)
+        if self._ended.pop(job.id, None) is not None and len(self._deadlines) > 2 * len(self._ended) + SPARE_DEADLINES:
+            self._deadlines = [(deadline, job_id) for job_id, deadline in self._ended.items()]  # no id outlives its job
+            heapq.heapify(self._deadlines)
         return self._jobs.pop(job.id, None) is not None
 
     def _evict(self, client: Client | None) -> bool:

@@ -7,9 +7,12 @@ import select
 import time
 from collections.abc import Callable
 
+SPARE_TIMERS = 64
+"""Cancelled timers stay in the heap until there are more of them than of others, and than these."""
+
 
 class Timer:
-    """A call at a time of CLOCK_MONOTONIC. Cancelled ones stay in the heap until their time."""
+    """A call at a time of CLOCK_MONOTONIC."""
 
     __slots__ = ("call", "when")
 
@@ -28,6 +31,7 @@ class Loop:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._timers: list[Timer] = []
+        self._dropped = 0  # of them
         self._refused = refused
 
     def watch(self, descriptor: int, handler: Callable[[], None], events: int = select.EPOLLIN) -> None:
@@ -49,16 +53,26 @@ class Loop:
         return timer
 
     def drop(self, timer: Timer | None) -> None:
-        if timer is not None:
-            timer.call = None
+        """Cancel a timer; no effect on one that has run."""
+        if timer is None or timer.call is None:
+            return
+        timer.call = None
+        self._dropped += 1
+        if self._dropped > SPARE_TIMERS and self._dropped > len(self._timers) // 2:
+            self._timers = [timer for timer in self._timers if timer.call is not None]
+            heapq.heapify(self._timers)
+            self._dropped = 0
 
     def turn(self) -> None:
         """Wait for something to happen, and see to it."""
-        timers = self._timers
-        while timers and (timers[0].call is None or timers[0].when <= time.monotonic()):
-            if (call := heapq.heappop(timers).call) is not None:
+        while self._timers and (self._timers[0].call is None or self._timers[0].when <= time.monotonic()):
+            timer = heapq.heappop(self._timers)
+            call, timer.call = timer.call, None
+            if call is not None:
                 self._call(call)
-        wait = max(0.0, timers[0].when - time.monotonic()) if timers else -1
+            else:
+                self._dropped -= 1
+        wait = max(0.0, self._timers[0].when - time.monotonic()) if self._timers else -1
         events = [(descriptor, self._handlers.get(descriptor)) for descriptor, _ in self._epoll.poll(wait)]
         for descriptor, handler in events:
             # a handler before this one may have closed the descriptor, and another taken its number

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import resource
 import signal
 import socket
 import sys
@@ -270,6 +271,8 @@ def run(connection: socket.socket, settings: Settings) -> int:
         signal.signal(ignored, signal.SIG_IGN)  # api's end ends it
     process.set_parent_death_signal(signal.SIGKILL)
     process.set_title("sandrun: spawner")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a sandbox takes seven
     try:
         Server(connection, settings).run()
     except SandrunError as error:
