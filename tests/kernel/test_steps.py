@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,6 +382,36 @@ async def test_job_that_runs_when_its_sandbox_dies_is_lost(whose: str, tmp_path:
         done = await job
         assert (done.ended.outcome, done.ended.exit_code, done.stdout) == (Outcome.WORKER_LOST, None, "begun\n")
         await assert_nothing_grows(one)
+
+
+@pytest.mark.requirement(34)
+async def test_zygote_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
+    """Stopped, by whoever may: who waits is served by the next."""
+
+    def patch() -> None:
+        build_on_demand()
+        box.SETUP_SECONDS = 1.0
+
+    async with spawned(tmp_path, patch=patch) as one:
+        await one.client.ready()
+        (zygote,) = [p for p in host.descendants(one.pid) if p.parent == one.pid]
+        os.kill(zygote.pid, signal.SIGSTOP)
+        assert (await one.run()).stdout == "hello\n"
+        assert not zygote.alive
+        await assert_nothing_grows(one)
+
+
+async def test_sandbox_that_is_ended_before_its_birth_is_told_of_dies_at_once(tmp_path: Path) -> None:
+    """Without a cgroup there is nothing to kill it by until then: five seconds were lost at every other end."""
+    change = (
+        "ours, theirs = socket.socketpair()\n",
+        "ours, theirs = socket.socketpair()\n    import time; time.sleep(0.3)\n",
+    )
+    waived = frozenset(("memory", "pids", "cpu"))
+    async with spawned(tmp_path, without("spawner/zygote", change), waived=waived) as one:
+        await one.client.ready()
+        began = time.monotonic()
+    assert time.monotonic() - began < 4
 
 
 # ---- layers that the host does not have --------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Box:
         self.assigned = 0.0
         self.started = 0.0
         self.ended = 0.0
+        self.killed = False
         self.dead = False
         self.told = False
         self.ours: list[socket.socket] = []
@@ -182,6 +183,8 @@ class Box:
             self.server.loop.after(OOM_LOOK_SECONDS, lambda: self.on_oom(looks - 1))
 
     def on_setup_deadline(self) -> None:
+        if self.pidfd < 0:
+            self.tenant.kill_zygote()  # it does not answer; the next one serves who waits
         self.fail(messages.failure("set-up", TimeoutError(f"not done after {SETUP_SECONDS:.0f} s")))
 
     def on_wall_limit(self) -> None:
@@ -215,7 +218,7 @@ class Box:
     def spawned(self, pidfd: int) -> None:
         self.pidfd = pidfd
         self.server.loop.watch(pidfd, self.on_pidfd)
-        if self.failed:
+        if self.killed:  # before there was anything to kill
             self.kill()
 
     def _look(self, pid: int) -> None:
@@ -312,6 +315,7 @@ class Box:
         self._stop_timers()
         if self.dead:
             return
+        self.killed = True
         if self.cgroup is not None:
             self.cgroup.kill()
         if self.pidfd >= 0:

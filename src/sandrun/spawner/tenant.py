@@ -122,7 +122,7 @@ class Tenant:
     def end_zygote(self) -> None:
         """With it goes all that is left of its sandboxes."""
         if self.zygote is not None:
-            self._kill_zygote()
+            self.kill_zygote()
             os.waitpid(self.zygote.pid, 0)
 
     def zygote_is_gone(self) -> bool:
@@ -137,13 +137,13 @@ class Tenant:
         except OSError:
             return True
 
-    def _kill_zygote(self) -> None:
+    def kill_zygote(self) -> None:
         if self.zygote is not None:
             signal.pidfd_send_signal(self.zygote.pidfd, signal.SIGKILL)
 
     def _give_up_zygote(self) -> None:
         self.facts = {"failure": f"zygote\0000\0it was not ready after {WARM_SECONDS:g} s"}
-        self._kill_zygote()
+        self.kill_zygote()
 
     def _on_zygote(self) -> None:
         zygote = self.zygote
@@ -159,7 +159,7 @@ class Tenant:
             return
         except (OSError, ProtocolError, ValueError) as error:
             self.server.log(f"zygote {self.title}: {error}")
-            self._kill_zygote()
+            self.kill_zygote()
 
     def _handle(self, zygote: nursery.Zygote, message: bytes, descriptors: list[int]) -> None:
         kind = message[:1]
