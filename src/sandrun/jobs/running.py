@@ -70,7 +70,7 @@ class Running:
     def _finish(self) -> None:
         assert self._ended is not None
         self._readers = ()  # they refer back here: without this only the garbage collector would let go of the job
-        self._collected.end()
+        self._collected.end(self._ended.outcome)
         self._finished(self._job, self._ended)
 
     def _overdue(self) -> None:
@@ -108,11 +108,12 @@ class Collected:
             structlog.get_logger().warning("outputs_malformed", job=self._job.tag)
             self._stop(storage_full=False)
 
-    def end(self) -> None:
-        """No more will come. A file that is not whole is left out."""
+    def end(self, outcome: Outcome) -> None:
+        """No more will come. A file that is not whole is left out, and what a collector that failed did not send."""
         if self._parser is not None:
             self._job.outputs_omitted = self._parser.omitted
-            if not self._parser.ended and self._parser.total:
+            unasked = self._job.manifest.outputs == () or outcome in (Outcome.WORKER_LOST, Outcome.SETUP_FAILED)
+            if not self._parser.ended and (self._parser.total or not unasked):
                 self._job.outputs_omitted += 1
             self._parser = None
 
