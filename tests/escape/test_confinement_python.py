@@ -261,9 +261,9 @@ print(json.dumps([random.random(), random.Random().random(), os.urandom(8).hex()
 
 
 @pytest.mark.requirement(15)
-def test_jobs_draw_other_random_numbers(insides: dict[str, Inside], api: Api) -> None:
+def test_jobs_draw_other_random_numbers(inside: Inside) -> None:
     """Forked from one zygote, they share nothing that a generator was seeded with."""
-    drawn = [json.loads(succeeded(insides["in-place"].run(RANDOMS))["stdout"]) for _ in range(3)]
+    drawn = [json.loads(succeeded(inside.run(RANDOMS))["stdout"]) for _ in range(3)]
     for values in zip(*drawn, strict=True):
         assert len(set(values)) == 3, values
 

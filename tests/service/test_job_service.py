@@ -389,7 +389,7 @@ async def test_what_this_server_lacks_is_refused_with_what_it_has(world: World):
         await world.run(interpreter="perl")
     with pytest.raises(InvalidInput, match="accepted: data"):
         await world.run(environment="torch")
-    with pytest.raises(InvalidInput, match="broken.* is withdrawn .preload numpy: ImportError: no.*; accepted: data$"):
+    with pytest.raises(InvalidInput, match=r"broken.* is withdrawn \(preload numpy: .*\); accepted: data$"):
         await world.run(environment="broken")
     assert (await world.run(environment="data")).status is Status.RUNNING
 

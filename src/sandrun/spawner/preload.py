@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 from sandrun.sandbox import generators, job, report, rootfs
 from sandrun.sandbox.spec import Nest
@@ -47,13 +48,14 @@ def load(names: list[str], libraries: list[str], nest: Nest) -> None:
         os.chdir(rootfs.WORK)
         sys.argv = [""]
         asked = _Asked(job.default_environment(nest) | VARIABLES)
-        for path in libraries:
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(path, os.RTLD_LOCAL)
-        for name in names:
-            step = f"preload {name}"
-            __import__(name)
-            _insist_on_one_thread()
+        with _silence():
+            for path in libraries:
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(path, os.RTLD_LOCAL)
+            for name in names:
+                step = f"preload {name}"
+                __import__(name)
+                _insist_on_one_thread()
         step = "preload"
         _insist_on_no_child()
         left = set(report.list_descriptors()) - set(before)
@@ -67,6 +69,25 @@ def load(names: list[str], libraries: list[str], nest: Nest) -> None:
     except BaseException as error:
         raise StepFailed(step) from error
     generators.find()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What is printed goes nowhere: neither into a pipe that nobody reads, nor into a buffer that a job would flush."""
+    kept = [os.dup(1), os.dup(2)]
+    nothing = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for number in (1, 2):
+            os.dup2(nothing, number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        ctypes.PyDLL(None).fflush(None)
+        for number, before in enumerate(kept, 1):
+            os.dup2(before, number)
+            os.close(before)
+        os.close(nothing)
 
 
 class _Asked(dict[bytes, bytes]):
