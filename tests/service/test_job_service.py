@@ -257,6 +257,27 @@ async def test_outputs_cut_short_are_told(world: World):
     assert (dict(job.outputs), job.outputs_omitted) == ({}, 1)
 
 
+@pytest.mark.requirement(31)
+@pytest.mark.parametrize(
+    ("outcome", "outputs", "omitted"),
+    [
+        (Outcome.EXITED, ["*"], 1),
+        (Outcome.EXITED, [], 0),
+        (Outcome.TIMEOUT, ["*"], 1),
+        (Outcome.WORKER_LOST, ["*"], 0),
+        (Outcome.SETUP_FAILED, ["*"], 0),
+    ],
+)
+async def test_collector_that_failed_is_told_from_a_job_without_outputs(
+    world: World, outcome: Outcome, outputs: list[str], omitted: int
+):
+    """Not one byte came, not even the end; a lost job's outcome says it all."""
+    job = await world.run(outputs=outputs)
+    world.sandbox().end(outcome)
+    assert await world.service.wait(job, 5)
+    assert (dict(job.outputs), job.outputs_omitted) == ({}, omitted)
+
+
 async def test_outputs_that_the_store_cannot_hold_are_dropped_and_told(new_world: Callable[..., World]):
     world = new_world(store_bytes=MIB, client_store_share=1.0)
     job = await world.run(outputs=["*"])
