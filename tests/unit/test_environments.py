@@ -22,7 +22,9 @@ import pytest
 
 from sandrun import environment_builder as builder
 from sandrun import environments
+from sandrun.cli.main import main
 from sandrun.errors import ConfigError, InvalidInput, NotFound
+from sandrun.ready import DEFINITIONS
 from tests import host, serving
 
 
@@ -369,6 +371,72 @@ def test_requirements_file_that_names_another_is_refused(line: str, state: str, 
     requirements.write_text(f"tiny\n{line}\n")
     with pytest.raises(InvalidInput, match=r"a file that names another"):
         environments.build("data", requirements=str(requirements), state_dir=state)
+
+
+# ---- preloaded modules -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_ready_definition_needs_no_more_than_its_name(name: str, state: str) -> None:
+    packages, preload = DEFINITIONS[name]
+    built = environments.build(name, state_dir=state)
+    assert (tuple(built.packages), built.preload) == (packages, preload)
+    assert environments.list_(state) == [built]
+    only = environments.build(name, preload=["numpy"], state_dir=state)
+    assert (tuple(only.packages), only.preload) == (packages, ("numpy",))
+    own = environments.build(name, ["numpy"], state_dir=state)
+    assert (tuple(own.packages), own.preload) == (("numpy",), ())
+
+
+@pytest.mark.usefixtures("quick")
+def test_modules_are_kept_in_their_order_and_once(state: str) -> None:
+    built = environments.build("own", ["x"], preload=["b.c", "a", "b.c", "_d1"], state_dir=state)
+    assert built.preload == ("b.c", "a", "_d1")
+
+
+@pytest.mark.usefixtures("quick")
+def test_description_of_an_older_version_preloads_nothing(state: str) -> None:
+    path = Path(environments.build("own", ["x"], preload=["a"], state_dir=state).path, environments.DESCRIPTION)
+    value = json.loads(path.read_text())
+    del value["preload"], value["libraries"]
+    path.write_text(json.dumps(value))
+    assert environments.list_(state)[0].preload == environments.list_(state)[0].libraries == ()
+    path.write_text(json.dumps({**value, "preload": ["os; print()"]}))
+    with pytest.raises(ConfigError, match=r"environment.json cannot be read .*os; print"):
+        environments.list_(state)
+
+
+def test_module_to_preload_must_be_importable(links: Path, state: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(builder.BuildError, match="import of a module to preload failed with 1"):
+        environments.build("own", ["tiny"], preload=["tiny", "tiny.not_there"], state_dir=state)
+    assert "No module named 'tiny.not_there'" in capfd.readouterr().err
+    assert os.listdir(os.path.join(state, "environments")) == []
+
+
+def test_shared_objects_of_preloaded_modules_are_noted(links: Path, state: str) -> None:
+    """As paths inside: a zygote maps them before all else."""
+    built = environments.build("own", ["tiny"], preload=["tiny", "_ctypes"], state_dir=state, log=1)
+    assert any(path.startswith("/usr/lib/") and "_ctypes." in path for path in built.libraries), built.libraries
+    assert not any(builder.PREFIX in path for path in built.libraries)
+
+
+def test_command_line_names_modules_to_preload(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    asked: list[tuple[str, list[str], object]] = []
+
+    def build(name: str, packages: list[str], **more: object) -> environments.Environment:
+        asked.append((name, packages, more["preload"]))
+        raise InvalidInput("name", "enough")
+
+    monkeypatch.setattr(environments, "build", build)
+    for words in ("data", "own x y --preload a b.c", "own --preload a --requirements f", "data --preload"):
+        assert main(["environment", "build", "--state-dir", state, *words.split()]) == 1
+    assert asked == [
+        ("data", [], None),
+        ("own", ["x", "y"], ["a", "b.c"]),
+        ("own", [], ["a"]),
+        ("data", [], []),
+    ]
 
 
 # ---- directories -------------------------------------------------------------------------------------------
