@@ -360,6 +360,19 @@ def test_numpy_costs_no_start(api: Api) -> None:
     assert seconds[0] < 0.002 < 0.05 < seconds[1]
 
 
+THREADS = """
+import json, numpy, os
+numpy.ones((99, 99)) @ numpy.ones((99, 99))
+print(json.dumps(len(os.listdir("/proc/self/task"))))
+"""
+
+
+def test_job_that_asks_for_threads_has_them(api: Api) -> None:
+    """Where numpy is loaded it has one thread: a process with more could not be forked."""
+    assert says(api, THREADS) == 1
+    assert says(api, THREADS, env={"OPENBLAS_NUM_THREADS": "3"}) == 3
+
+
 def test_description_lists_what_was_built(server: serving.Server) -> None:
     with packages.state_directory("data") as state:
         (data,) = [one for one in environments.list_(state) if one.name == "data"]
