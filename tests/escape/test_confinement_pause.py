@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 
-from tests.escape.probing import COMPILED, PYTHONS, Held, Inside, compiled, held, holding, new_token, program, succeeded
+from tests.escape.probing import (
+    COMPILED,
+    IN_PLACE,
+    PYTHONS,
+    SHELL,
+    Held,
+    Inside,
+    compiled,
+    held,
+    holding,
+    new_token,
+    program,
+    succeeded,
+)
 from tests.serving import Api, Server
 
 pytestmark = pytest.mark.requirement(38)
@@ -91,15 +104,11 @@ def pauser(request: pytest.FixtureRequest, api: Api) -> Pauser:
 def test_python_waits_are_as_long_as_they_should(
     pauser: Pauser, insides: dict[str, Inside], running_server: Server
 ) -> None:
-    """One job of each kind, as many at a time as the host has CPUs."""
-    for some in (PYTHONS,) if len(os.sched_getaffinity(0)) > 1 else [(kind,) for kind in PYTHONS]:
-        check_waits(pauser, [insides[kind.name] for kind in some], running_server)
-
-
-def check_waits(pauser: Pauser, kinds: list[Inside], server: Server) -> None:
+    """One job of each kind at the same time; on one CPU two, for no more are let run."""
+    kinds = PYTHONS if len(os.sched_getaffinity(0)) > 1 else (IN_PLACE, SHELL)
     code = program("waits.py").replace("from __future__ import annotations", "")
     with contextlib.ExitStack() as stack:
-        jobs = [stack.enter_context(held(inside, server, code)) for inside in kinds]
+        jobs = [stack.enter_context(held(insides[kind.name], running_server, code)) for kind in kinds]
         with contextlib.ExitStack() as pausing:
             counts = [pausing.enter_context(paused_again_and_again(job, pauser)) for job in jobs]
             results = [job.wait() for job in jobs]
@@ -124,7 +133,7 @@ def test_system_calls_go_on_where_they_were(
     assert succeeded(result)["stdout"] == "done\n"
 
 
-SHELL = """
+BASH = """
 for i in 1 2 3; do sleep 0.3; done
 sleep 0.3 & wait $!; echo wait $?
 read -t 0.3 line < <(sleep 1); echo read $(( $? > 128 ))
@@ -143,7 +152,7 @@ NODE = "const t = Date.now(); setTimeout(() => console.log(Date.now() - t >= 499
 @pytest.mark.parametrize(
     ("name", "code", "expected"),
     [
-        pytest.param("main.sh", SHELL, "wait 0\nread 1\npipe 0\ntimeout 124\n", id="bash"),
+        pytest.param("main.sh", BASH, "wait 0\nread 1\npipe 0\ntimeout 124\n", id="bash"),
         pytest.param("main.pl", PERL, "ok\n", id="perl", marks=pytest.mark.needs("perl")),
         pytest.param("main.js", NODE, "ok\n", id="node", marks=pytest.mark.needs("node")),
     ],

@@ -136,7 +136,7 @@ class Ran(NamedTuple):
 def readable(stream: bytes, folder: str = "/job") -> str:
     """Without what differs from run to run: addresses, and threads' identities, which are addresses too."""
     text = stream.replace(folder.encode(), b"/job").decode(errors="replace")
-    return re.sub(r"(?<=started )\d{9,}|(?<=0x)[0-9a-f]{9,16}|(?<=<frozen runpy>\", line )\d+", "…", text)
+    return re.sub(r"(?<=started )\d{9,}|(?<=0x)[0-9a-f]{6,16}|(?<=<frozen runpy>\", line )\d+", "…", text)
 
 
 def run_outside(one: Program, folder: Path) -> Ran:
