@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from tests.serving import Api, Server, wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
 PYTHON = find_python("/")
-PR_SET_NAME = 15
 
 
 def program(name: str) -> str:
@@ -322,8 +320,3 @@ def waived(api: Api) -> set[str]:
 def shared_uid(api: Api) -> bool:
     """Whether init and job have one host uid: an ordinary user's server."""
     return bool(api.http.get("/health").json()["isolation"]["uid"] == "shared")
-
-
-def pause() -> None:
-    """Time for what must not happen to happen."""
-    time.sleep(0.3)
