@@ -308,12 +308,12 @@ def fetch(report: Path) -> None:
 
 # Name, what runs it, the most seconds it gets. ALL_SECONDS holds whatever these add up to.
 TIERS: dict[str, tuple[Tier, str, float]] = {
-    "unit": (native("unit"), "anywhere", 420),
-    "kernel": (native("kernel"), "as root on this host's cgroups", 300),
-    "service": (native("service"), "as root on this host's cgroups", 480),
-    "escape": (native("escape"), "as root on this host's cgroups", 480),
+    "unit": (native("unit"), "anywhere", 900),
+    "kernel": (native("kernel"), "as root on this host's cgroups", 600),
+    "service": (native("service"), "as root on this host's cgroups", 900),
+    "escape": (native("escape"), "as root on this host's cgroups", 900),
     "bench": (native("bench"), "as root on this host's cgroups", 240),
-    "user": (user, "as an ordinary user with one uid and no cgroup", 480),
+    "user": (user, "as an ordinary user with one uid and no cgroup", 900),
     "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 2700),
 }
 
