@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -352,6 +353,25 @@ while True:
         with rooms:
             assert serving.wait_until(lambda: not rooms.inhabitants(), GONE_SECONDS)
         assert api.wait(job_id, CLIENT_SECONDS)["outcome"] == "worker_lost"
+
+
+def test_killed_command_takes_its_job_along(tmp_path: Path, start_server: Callable[..., Server]) -> None:
+    """`sandrun run` has a spawner of its own; no server is there to see to it."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "main.py").write_text(LONG)
+    command = [str(serving.SANDRUN), "run", str(tmp_path / "main.py"), *serving.default_flags()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True) as ran:
+        assert ran.stdout is not None
+        assert ran.stdout.readline() == b"begun\n"
+        members = host.descendants(ran.pid)
+        tree = host.own_cgroups({p.pid for p in members})
+        assert max(p.pid_depth for p in members) > 2
+        with host.Rooms(members) as rooms:
+            os.kill(ran.pid, signal.SIGKILL)
+            assert serving.wait_until(lambda: not rooms.inhabitants(), GONE_SECONDS)
+        assert serving.wait_until(lambda: not any(p.alive for p in members), GONE_SECONDS)
+    start_server()
+    assert not any(os.path.exists(path) for path in tree)
 
 
 def test_tmpfs_of_lost_jobs_is_gone(crash: Scene) -> None:
