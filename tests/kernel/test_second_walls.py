@@ -15,7 +15,7 @@ import pytest
 
 from sandrun.linux import cgroup, landlock, process
 from sandrun.model import Outcome
-from sandrun.spawner import box, nursery, protocol, tenant
+from sandrun.spawner import box, nursery, protocol, server, tenant
 from sandrun.spawner.selftest import TICKETS
 from tests import host, serving
 from tests.kernel.spawned import default_waived, source, spawned, without
@@ -209,6 +209,30 @@ async def test_landlock_is_measured_in_a_job(tmp_path: Path) -> None:
     async with spawned(tmp_path) as one:
         await one.client.ready()
         assert (await one.run()).inside["landlock"] == landlock.abi()
+
+
+@pytest.mark.requirement(17, 18)
+async def test_open_swap_is_a_refusal_where_nothing_limits_memory(tmp_path: Path) -> None:
+    """No cgroup to close it by, and waiving those does not waive swap."""
+
+    def patch() -> None:
+        cgroup.swap_active = lambda: True
+
+    waived = frozenset(("memory", "pids", "cpu"))
+    async with spawned(tmp_path, patch=patch, waived=waived) as one:
+        error = await refused(one)
+    assert error.step == "swap"
+    assert "swapoff" in error.details
+
+
+@pytest.mark.requirement(20)
+async def test_more_jobs_than_there_are_ids_for_are_refused_not_queued_for_ever(tmp_path: Path) -> None:
+    def patch() -> None:
+        server.MOST_AT_ONCE = 0
+
+    async with spawned(tmp_path, patch=patch, waived=default_waived()) as one:
+        error = await refused(one)
+    assert "sandboxes at once" in error.details
 
 
 # ---- one uid -----------------------------------------------------------------------------------------------
