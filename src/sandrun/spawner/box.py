@@ -27,6 +27,8 @@ END_SECONDS = 0.4
 """How long init may take to end its job before the whole cgroup is killed."""
 COLLECT_SECONDS = 60.0
 OOM_LOOKS, OOM_LOOK_SECONDS = 5, 0.004
+FORKS_IN_FLIGHT = 16
+"""How many forks at a time may get as far as the cgroup's limit, which each does with all locks of a fork."""
 QUIET_USEC = 1000
 """A job that used less CPU between two looks sleeps, as far as the queue is concerned."""
 SPARE_BYTES = 32 << 20
@@ -264,8 +266,8 @@ class Box:
             wishes, *rest, outputs = descriptors
             kind = messages.ASSIGN_COLLECT if start.collect else messages.ASSIGN
             protocol.send(self.control, kind, [wishes, outputs])
-            # One more than the cgroup's, which tells that it was met: so one fork at a time gets as far as that.
-            tasks = start.processes + (self.seen.get("limits", {}).get("tasks") is not None)
+            # Above the cgroup's, which tells that it was met: the kernel counts forks in flight before it compares.
+            tasks = start.processes + (FORKS_IN_FLIGHT if self.seen.get("limits", {}).get("tasks") is not None else 0)
             protocol.send(self.gate, messages.encode_go(tasks), [wishes, *rest])
         except OSError as error:
             self.fail(messages.failure(step, error))
