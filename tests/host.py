@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")
+_OF_A_SERVER = re.compile(r"sandrun-[0-9]+(-[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ def own_cgroups(pids: set[int]) -> list[str]:
     wanted = {f"sandrun-{pid}" for pid in pids}
     for top, names, _ in os.walk("/sys/fs/cgroup"):
         found += [os.path.join(top, n) for n in names if n in wanted]
-        names[:] = [n for n in names if not n.startswith("sandrun-")]
+        names[:] = [n for n in names if not _OF_A_SERVER.fullmatch(n)]  # a unit may be called sandrun-something too
     return found
 
 

@@ -192,15 +192,19 @@ async def test_parked_sandbox_has_limits_before_it_has_a_job(tmp_path: Path) -> 
     async with spawned(tmp_path) as one:
         await one.client.ready()
         await asyncio.sleep(0.3)  # the self-test's, which had a job, are gone
-        assert serving.wait_until(lambda: _limits(one.cgroups()) == wanted, 3), _limits(one.cgroups())
+        assert serving.wait_until(lambda: limits_of(one.sandboxes()) == wanted, 3), limits_of(one.sandboxes())
 
 
-def _limits(folders: list[str]) -> set[tuple[str, str]]:
+def limits_of(members: list[host.Process]) -> set[tuple[str, str]]:
+    """What the cgroups that these processes are in limit, on v1 and v2."""
     found = set()
-    for folder in folders:
-        for name in ("memory.limit_in_bytes", "memory.max", "pids.max"):
-            if (file := Path(folder, name)).exists():
-                found.add((name.partition(".")[0], file.read_text().strip()))
+    for p in members:
+        for line in Path(f"/proc/{p.pid}/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            for mount in ("", "/unified", *(f"/{name}" for name in names.split(",") if name)):
+                for name in ("memory.limit_in_bytes", "memory.max", "pids.max"):
+                    if (file := Path(f"/sys/fs/cgroup{mount}{path}", name)).exists():
+                        found.add((name.partition(".")[0], file.read_text().strip()))
     return found
 
 
