@@ -23,6 +23,8 @@ from tests import host, serving
 
 END_SECONDS = 12.0
 UID_BASE = 1879048192
+SAY = "import ctypes, time; print('begun', flush=True); ctypes.CDLL(None).prctl(15, b'begun', 0, 0, 0); time.sleep(60)"
+"""A job that has said `begun` on its stdout when its process is called so."""
 ERRNO = 18
 """EXDEV: what spoilt steps answer. Nothing else that a set-up does can answer it."""
 
@@ -98,6 +100,22 @@ class Spawned:
         ours = host.process(os.getpid())
         base = ours.pid_depth if ours else 1
         return [p for p in host.descendants(self.pid) if p.pid_depth >= base + 2]
+
+    def called(self, name: str) -> list[host.Process]:
+        """Those of them that have given themselves this name; see `SAY`."""
+        found = []
+        for p in self.sandboxes():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{p.pid}/comm").read_text().strip() == name:
+                    found.append(p)
+        return found
+
+    async def wait_for(self, name: str) -> host.Process:
+        """The one that is called so, when it is there."""
+        async with asyncio.timeout(20):
+            while not (found := self.called(name)):
+                await asyncio.sleep(0.01)
+        return found[0]
 
     def cgroups(self) -> list[str]:
         """The cgroups of all sandboxes, as paths."""

@@ -18,7 +18,7 @@ from sandrun.model import Outcome
 from sandrun.spawner import box, nursery, protocol, server, tenant
 from sandrun.spawner.selftest import TICKETS
 from tests import host, serving
-from tests.kernel.spawned import default_waived, source, spawned, without
+from tests.kernel.spawned import SAY, default_waived, source, spawned, without
 from tests.kernel.test_steps import build_on_demand, refused
 
 ROOT = pytest.mark.root
@@ -78,7 +78,7 @@ async def test_zygote_shares_no_namespace_but_one_with_the_host(tmp_path: Path) 
     """Were a sandbox to fall back into its zygote's, it would not be the host's. clone3 needs the host's cgroups."""
     async with spawned(tmp_path) as one:
         await one.client.ready()
-        (zygote,) = (p for p in host.descendants(one.pid) if "sandrun: zygote" in p.title)
+        (zygote,) = (p for p in host.descendants(one.pid) if p.parent == one.pid)
         assert set(zygote.namespaces()) == set(host.NAMESPACES) - {"cgroup"}
 
 
@@ -264,31 +264,15 @@ def status(pid: int) -> dict[str, str]:
         return dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
 
 
-WAIT = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'here', 0, 0, 0); time.sleep(6)"
-
-
 @ROOT
 @pytest.mark.requirement(2, 3, 7)
 async def test_with_one_uid_init_and_job_are_apart_all_the_same(tmp_path: Path) -> None:
     waived = default_waived() | {"memory", "pids", "cpu", "swap"}
     async with spawned(tmp_path, patch=as_an_ordinary_user(), waived=waived) as one:
         await one.client.ready()
-        running = asyncio.create_task(one.run(WAIT, timeout=5))
-        found: dict[str, int] = {}
-
-        def find() -> bool:
-            for p in one.sandboxes():
-                if p.pid_inside == 1:
-                    found["init"] = p.pid
-                elif status(p.pid)["Name"].strip() == "here":
-                    found["job"] = p.pid
-            return len(found) == 2
-
-        for _ in range(200):
-            if find():
-                break
-            await asyncio.sleep(0.02)
-        init, job = found["init"], found["job"]
+        running = asyncio.create_task(one.run(SAY))
+        job = (await one.wait_for("begun")).pid
+        (init,) = (p.pid for p in one.sandboxes() if p.pid_inside == 1)
         for pid in (init, job):
             seen = status(pid)
             assert set(seen["Uid"].split()) == {str(ORDINARY)}
@@ -336,11 +320,8 @@ async def test_spawner_ends_with_its_api(tmp_path: Path) -> None:
     """End of file is all that it needs, and its jobs and zygotes end with it."""
     async with spawned(tmp_path) as one:
         await one.client.ready()
-        running = asyncio.create_task(one.run("import time; time.sleep(20)"))
-        for _ in range(100):
-            if len(one.sandboxes()) > 2:
-                break
-            await asyncio.sleep(0.02)
+        running = asyncio.create_task(one.run(SAY))
+        await one.wait_for("begun")
         members = host.descendants(one.pid)
         one.client.close()
         assert serving.wait_until(lambda: is_gone(one.pid), 2)
@@ -352,9 +333,9 @@ async def test_spawner_ends_with_its_api(tmp_path: Path) -> None:
 async def test_zygote_that_was_killed_is_replaced_and_its_job_lost(tmp_path: Path) -> None:
     async with spawned(tmp_path) as one:
         await one.client.ready()
-        running = asyncio.create_task(one.run("import time; print('begun', flush=True); time.sleep(20)"))
-        await asyncio.sleep(0.4)
-        (zygote,) = (p for p in host.descendants(one.pid) if "sandrun: zygote" in p.title)
+        running = asyncio.create_task(one.run(SAY))
+        await one.wait_for("begun")
+        (zygote,) = (p for p in host.descendants(one.pid) if p.parent == one.pid)
         os.kill(zygote.pid, signal.SIGKILL)
         lost = await asyncio.wait_for(running, 3)
         assert (lost.ended.outcome, lost.stdout) == (Outcome.WORKER_LOST, "begun\n")

@@ -22,7 +22,7 @@ from sandrun.sandbox import messages, policy, report, rootfs
 from sandrun.sandbox.steps import COLLECTOR_STEPS, INIT_STEPS, JOB_STEPS
 from sandrun.spawner import box, nursery, protocol, tenant
 from tests import host, serving
-from tests.kernel.spawned import ERRNO, Done, Spawned, default_waived, spawned, spoilt, without
+from tests.kernel.spawned import ERRNO, SAY, Done, Spawned, default_waived, spawned, spoilt, without
 
 STEPS = [("INIT_STEPS", name) for name, _ in INIT_STEPS] + [("JOB_STEPS", name) for name, _ in JOB_STEPS]
 ROOT = pytest.mark.root
@@ -370,10 +370,8 @@ async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_th
 async def test_job_that_runs_when_its_sandbox_dies_is_lost(whose: str, tmp_path: Path) -> None:
     async with spawned(tmp_path, patch=build_on_demand) as one:
         await one.client.ready()
-        job = asyncio.create_task(one.run("import time; print('begun', flush=True); time.sleep(60)"))
-        while not any(p.pid_inside == 2 for p in one.sandboxes()):
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
+        job = asyncio.create_task(one.run(SAY))
+        await one.wait_for("begun")
         victims = [p for p in one.sandboxes() if p.pid_inside == 1]
         if whose == "zygote":
             victims = [p for p in host.descendants(one.pid) if p.parent == one.pid]
