@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import serving
 from tests.escape.limits import metadata, need, other_client
+from tests.escape.probing import IN_PLACE, Inside, held
 from tests.serving import Api
 
 pytestmark = pytest.mark.requirement(20)
@@ -203,6 +205,15 @@ for _ in range(99):
 while True:
     pass
 """
+EXECS = """
+import os, subprocess
+for _ in range(40):
+    if os.fork() == 0:
+        os.setsid()
+        break
+while True:
+    subprocess.run(["/bin/true"], check=False)
+"""
 STARTS = 20
 
 
@@ -217,7 +228,9 @@ def start_seconds(api: Api) -> float:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("bomb", [BOMBS["forks"], BOMBS[SESSIONS], SPINNERS], ids=["forks", SESSIONS, "spins"])
+@pytest.mark.parametrize(
+    "bomb", [BOMBS["forks"], BOMBS[SESSIONS], SPINNERS, EXECS], ids=["forks", SESSIONS, "spins", "execs"]
+)
 def test_bomb_does_not_slow_the_start_of_anothers_job_by_more_than_twice(
     bomb: str, api: Api, running_server: serving.Server
 ) -> None:
@@ -225,7 +238,7 @@ def test_bomb_does_not_slow_the_start_of_anothers_job_by_more_than_twice(
     ratios = []
     with other_client(running_server.url, 0) as other, other_client(running_server.url, 1) as bomber:
         start_seconds(other)
-        for _ in range(5):
+        for _ in range(8):
             calm = start_seconds(other)
             result: dict[str, Any] = {}
             thread = threading.Thread(target=lambda result=result: result.update(bomber.run(bomb, timeout=4)))
@@ -241,3 +254,30 @@ def test_bomb_does_not_slow_the_start_of_anothers_job_by_more_than_twice(
                 if ratios[-1] <= 2:
                     return
     raise AssertionError(f"slower by factors of {ratios}")
+
+
+def share(pid: int) -> int:
+    """Of CPU time beside its siblings, in per cent of what a new sandbox has; 0 where it is not shared out."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        for folder in ("cpu", "cpu,cpuacct", "cpuacct,cpu", "", "unified"):
+            for name, usual in (("cpu.shares", 1024), ("cpu.weight", 100)):
+                file = Path("/sys/fs/cgroup", folder, path[1:], name)
+                if "sandrun-" in path and file.exists() and (not names or "cpu" in names.split(",")):
+                    return 100 * int(file.read_text()) // usual
+    return 0
+
+
+@pytest.mark.root
+def test_job_that_has_run_for_a_while_yields_to_one_that_starts(api: Api, running_server: serving.Server) -> None:
+    """If it uses the CPU; all such jobs have the same share."""
+    inside = Inside(IN_PLACE, api)
+    with held(inside, running_server, "while True: pass\n") as job:
+        if not share(job.process.pid):
+            pytest.skip("CPU time is not shared out between cgroups on this host")
+        assert serving.wait_until(lambda: share(job.process.pid) == 25, 5), share(job.process.pid)
+        parked = [members[0] for members in running_server.sandboxes() if job.process not in members]
+        assert {share(init.pid) for init in parked} == {100}
+    with held(inside, running_server, "time.sleep(1)\n") as job:
+        time.sleep(0.6)
+        assert share(job.process.pid) == 100

@@ -31,6 +31,8 @@ FORKS_IN_FLIGHT = 16
 """How many forks at a time may get as far as the cgroup's limit, which each does with all locks of a fork."""
 QUIET_USEC = 1000
 """A job that used less CPU between two looks sleeps, as far as the queue is concerned."""
+BUSY_USEC = 50_000
+"""One that used more has had its while."""
 SPARE_BYTES = 32 << 20
 """What a job's memory limit has beside its tmpfs: a full one is ENOSPC, not the end of the job."""
 EXITED, SIGNALED, TIMEOUT, CPU_LIMIT, MEMORY_LIMIT, CANCELLED, WORKER_LOST, SETUP_FAILED = range(8)
@@ -198,7 +200,11 @@ class Box:
         if used is None or self.start is None:
             return
         active = used - self._sampled > QUIET_USEC
+        busy = used - self._sampled > BUSY_USEC
         self._sampled = used
+        if busy and self.cgroup is not None and not self._gave_way:
+            self._gave_way = True
+            self.cgroup.give_way()  # who has had a while yields to who starts
         if active != self.active:
             self.active = active
             self.server.tell_activity(self.start, active)
@@ -329,6 +335,7 @@ class Box:
     # ---- the end -------------------------------------------------------------------------------------------
 
     active = True
+    _gave_way = False
     _sampled = 0
     _oom_kills = 0
     _limit_hits = 0
