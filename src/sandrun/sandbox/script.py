@@ -170,6 +170,16 @@ def prepare() -> None:
     sys.modules["__main__"] = main
 
 
+def rehearse(environment: dict[str, str]) -> None:
+    """Do without effect what `become` and `_finish` do."""
+    os.environ.clear()
+    process.set_environment_area(environment)
+    os.environ.update(environment)
+    hidden(_call)
+    _clear({"_a": 1, "b": 2})
+    gc.collect()
+
+
 def eclipsed(entrypoint: str) -> bool:
     """Whether a file beside the script would be loaded in place of what the zygote has loaded already.
 

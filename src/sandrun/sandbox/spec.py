@@ -24,11 +24,12 @@ class Nest:
         core_limit: RLIMIT_CORE, see `steps.set_rlimits`.
         caches: of the modules that the zygote has loaded, see `rootfs.link_caches`.
         variables: names of those that these modules looked for when they were loaded.
+        rehearsal: an archive with one small file, see `job.REHEARSAL`.
     """
 
     __slots__ = (
         "caches", "core_limit", "environment", "init_filter", "interpreters", "job_filter", "landlock", "masked",
-        "namespaces", "path", "shared_uid", "variables",
+        "namespaces", "path", "rehearsal", "shared_uid", "variables",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +58,7 @@ class Nest:
         self.core_limit = core_limit
         self.caches: list[tuple[str, bool]] = []
         self.variables: frozenset[str] = frozenset()
+        self.rehearsal = b""
 
 
 class Spec:

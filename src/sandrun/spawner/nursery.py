@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 from sandrun.errors import SetupError
 from sandrun.linux import ids, process
 from sandrun.linux.cgroup import Cgroup
-from sandrun.sandbox import messages, rootfs, script
-from sandrun.spawner import protocol, zygote
+from sandrun.sandbox import job, messages, rootfs, script
+from sandrun.spawner import interpreters, protocol, zygote
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
@@ -119,12 +119,7 @@ def start(recipe: Recipe, archive: int, cgroup: Cgroup | None) -> Zygote:
     parent, child = socket.socketpair()
     entries = cgroup.entry_fds() if cgroup is not None else []
     directory = cgroup.directory_fd() if cgroup is not None else None
-    config = sealed(
-        json.dumps(
-            {"name": recipe.name, "preload": recipe.preload, "libraries": recipe.libraries, "nest": recipe.nest}
-        ).encode(),
-        "config",
-    )
+    config = sealed(json.dumps(_config(recipe)).encode(), "config")
     try:
         pid, pidfd = process.clone3(NAMESPACES, cgroup_fd=directory)
     except OSError as error:
@@ -152,6 +147,16 @@ def start(recipe: Recipe, archive: int, cgroup: Cgroup | None) -> Zygote:
     finally:
         parent.close()
     return Zygote(pid, pidfd, ours)
+
+
+def _config(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "preload": recipe.preload,
+        "libraries": recipe.libraries,
+        "nest": recipe.nest,
+        "rehearsal": interpreters.make_archive(job.REHEARSAL, b"print(1)\n").hex(),
+    }
 
 
 def _flags_text() -> str:

@@ -57,7 +57,9 @@ def _make_nest(config: dict[str, Any]) -> Nest:
     wanted = dict(config["nest"])
     for name in ("job_filter", "init_filter"):
         wanted[name] = bytes.fromhex(wanted[name])
-    return Nest(masked=rootfs.find_masked(), **wanted)
+    nest = Nest(masked=rootfs.find_masked(), **wanted)
+    nest.rehearsal = bytes.fromhex(config["rehearsal"])
+    return nest
 
 
 def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
