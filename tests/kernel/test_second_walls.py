@@ -316,6 +316,16 @@ async def test_start_looks_for_what_a_killed_server_left(tmp_path: Path) -> None
 
 
 @pytest.mark.requirement(34)
+async def test_idle_spawner_ends_with_its_api(tmp_path: Path) -> None:
+    """It has nothing to tell, and so no failure to tell it by which it could notice."""
+    async with spawned(tmp_path) as one:
+        await one.client.ready()
+        await asyncio.sleep(0.3)
+        one.client.close()
+        assert serving.wait_until(lambda: is_gone(one.pid), 2)
+
+
+@pytest.mark.requirement(34)
 async def test_spawner_ends_with_its_api(tmp_path: Path) -> None:
     """End of file is all that it needs, and its jobs and zygotes end with it."""
     async with spawned(tmp_path) as one:

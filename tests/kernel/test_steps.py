@@ -394,7 +394,7 @@ async def test_zygote_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
         await one.client.ready()
         (zygote,) = [p for p in host.descendants(one.pid) if p.parent == one.pid]
         os.kill(zygote.pid, signal.SIGSTOP)
-        assert (await one.run()).stdout == "hello\n"
+        assert (await asyncio.wait_for(one.run(), 20)).stdout == "hello\n"
         assert not zygote.alive
         await assert_nothing_grows(one)
 
