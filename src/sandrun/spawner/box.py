@@ -31,7 +31,7 @@ FORKS_IN_FLIGHT = 16
 """How many forks at a time may get as far as the cgroup's limit, which each does with all locks of a fork."""
 QUIET_USEC = 1000
 """A job that used less CPU between two looks sleeps, as far as the queue is concerned."""
-BUSY_USEC = 50_000
+BUSY_USEC = 100_000
 """One that used more has had its while."""
 SPARE_BYTES = 32 << 20
 """What a job's memory limit has beside its tmpfs: a full one is ENOSPC, not the end of the job."""
@@ -200,7 +200,7 @@ class Box:
         if used is None or self.start is None:
             return
         active = used - self._sampled > QUIET_USEC
-        busy = used - self._sampled > BUSY_USEC
+        busy = 0 < self._sampled < used - BUSY_USEC  # not at the first look, which would count set-up and imports
         self._sampled = used
         if busy and self.cgroup is not None and not self._gave_way:
             self._gave_way = True
