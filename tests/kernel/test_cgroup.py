@@ -481,6 +481,34 @@ def test_leftovers_of_a_killed_server_are_ended_and_removed_those_of_a_living_on
 
 
 @pytest.mark.requirement(34)
+@pytest.mark.v1
+@pytest.mark.requirement(34)
+def test_leftovers_of_a_server_that_lived_in_another_mode_are_found(tmp_path):
+    """A pure v1 server leaves a frozen job behind; a server that uses other hierarchies starts next."""
+    told, server = tmp_path / "told", os.fork()
+    if server == 0:
+        try:
+            made = Cgroups._create(hierarchy("v1"), frozenset())
+            box = made.group("z0").create("j1")
+            inside = start(box, "time.sleep(60)")
+            box.freeze(True)
+            (tmp_path / "half").write_text(f"{made.name} {inside}")
+            (tmp_path / "half").rename(told)
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    wait_until(told.exists)
+    name, inside = told.read_text().split()
+    places = [Path(f"{tree.base}/{name}") for tree in hierarchy("v1").trees]
+    os.kill(server, signal.SIGKILL)
+    assert end(server) == -signal.SIGKILL
+    assert all(place.is_dir() for place in places)
+    assert os.path.exists(f"/proc/{inside}")
+    module.remove_leftovers(detect())
+    assert [place for place in places if place.exists()] == []
+    wait_until(lambda: not os.path.exists(f"/proc/{inside}") or " Z " in Path(f"/proc/{inside}/stat").read_text())
+
+
 def test_leftovers_in_the_cgroup_of_another_session_are_found(cgroups):
     for tree in cgroups.hierarchy.trees:
         session = Path(tree.mount, f"session-{os.getpid()}")
