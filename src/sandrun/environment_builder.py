@@ -5,7 +5,7 @@ a uid that nobody else has, below a scratch directory. When no process of the ch
 child made into files of its own, byte by byte, and never runs any of it.
 
     /var/tmp/sandrun-build-…/          root's: the child may pass, not list or change; locked while its builder lives
-    /var/tmp/sandrun-build-…/work/     the child's: home, tmp, pip (a throw-away venv that has pip), venv (to be copied)
+    /var/tmp/sandrun-build-…/child/    the child's: home, tmp, pip (a throw-away venv that has pip), venv (to be copied)
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _scratch(uid: int | None) -> Iterator[str]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.chmod(outer, 0o711)
-        work = os.path.join(outer, "work")
+        work = os.path.join(outer, "child")
         for name in (work, os.path.join(work, "home"), os.path.join(work, "tmp")):
             _make_directory(name, uid)
         yield work

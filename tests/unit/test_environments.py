@@ -320,7 +320,7 @@ def test_killed_build_leaves_no_process_and_the_next_one_clears_up(links: Path, 
     code = f"from sandrun import environments as e; e.build('data', ['slow'], state_dir={state!r})"
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
-        reached = [f"{place}/{builder.PREFIX}*/work/home/reached" for place in builder.PLACES]
+        reached = [f"{place}/{builder.PREFIX}*/child/home/reached" for place in builder.PLACES]
         assert serving.wait_until(lambda: any(map(glob.glob, reached)), 30)
         below = host.descendants(process.pid)
         assert len(below) >= 3  # the builder, pip, the build script
