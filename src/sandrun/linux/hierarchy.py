@@ -236,8 +236,8 @@ def remove_leftovers(hierarchy: Hierarchy) -> int:
     """Kill what is in the trees of our user's dead servers, and remove these trees.
 
     They are looked for everywhere, as the dead server may have been started in another session, and in hierarchies that
-    ours does not use, as it may have lived in another mode: its v1 freezer must be thawed, or nothing in it dies. A tree
-    whose directory somebody holds a flock(2) on is in use.
+    ours does not use, as it may have lived in another mode: its v1 freezer must be thawed, or nothing in it dies. A
+    tree whose directory somebody holds a flock(2) on is in use.
     Returns: how many servers' trees are gone. Raises: OSError EBUSY if something survives SIGKILL.
     """
     found: dict[str, list[tuple[Tree, str]]] = {}
