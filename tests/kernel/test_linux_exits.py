@@ -63,6 +63,12 @@ def test_interpreter_that_ends_by_itself_is_shortened_too() -> None:
     assert run("assert exits.mark(); say('after'); exits.shorten(); sys.exit(6)") == (6, ["after"])
 
 
+def test_libc_that_is_not_as_expected_is_left_as_it_was() -> None:
+    """What cannot be found cannot be switched off again, so it must do nothing until it is switched on."""
+    code = "exits._places = lambda word: []; assert not exits.mark(); say('after'); exits.shorten(); end(7)"
+    assert run(code) == (7, ["after", "before"])
+
+
 def test_many_entries_before_and_after() -> None:
     """libc keeps 32 in one piece of memory, others elsewhere."""
     code = "[say('before') for _ in range(100)]; assert exits.mark(); [say('after') for _ in range(100)]; "

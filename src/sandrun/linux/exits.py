@@ -2,8 +2,9 @@
 
 Each shared object of a zygote has destructors on libc's list, and finalizers that the dynamic linker runs at its end:
 with numpy, pandas and matplotlib they touch a thousand pages, 3 ms at the end of a job that may have used none of them.
-`mark` puts an entry on the list. After `shorten`, exit runs what was put there later, flushes C's streams, and is over.
-Both change memory of glibc's, struct exit_function of its stdlib/exit.h; where that is not as expected, they don't.
+`mark` puts an entry on the list that asks for the process's id, which is nothing. After `shorten` it ends the process:
+exit runs what was put there later, flushes C's streams, and is over. That changes memory of glibc's, the struct
+exit_function of its stdlib/exit.h; where the entry is not found as expected, it stays nothing, and exit does all.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import struct
 
 from sandrun.linux import libc
 
-FREE, WITH_ARGUMENT = 0, 4
-"""Flavours: ef_free is passed over, ef_cxa is called with its argument and the exit status."""
+WITH_ARGUMENT = 4
+"""The flavour ef_cxa: the function is called with the entry's argument and the exit status."""
 _ENTRY = struct.Struct("=QQQQ")  # flavour, function (mangled), argument, handle of the shared object
+_ARGUMENT_OFFSET = 16
 _WORD = struct.Struct("=Q")
 _HEAP = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ \S+ +(\S*)")
 MOST_BYTES = 256 << 20
@@ -56,13 +58,12 @@ def _loaded() -> int:
 def mark() -> bool:
     """Note where we are on libc's list. Returns: whether this libc is one that we know."""
     handle = int.from_bytes(os.urandom(6), "little") << 8 | 1  # no address of anything: those are even
-    _register(ctypes.cast(_library["syscall"], ctypes.c_void_p), libc.SYS["exit_group"], handle)
-    _register(ctypes.cast(_library["fflush"], ctypes.c_void_p), None, None)  # a free entry at the end is used again
+    _register(ctypes.cast(_library["syscall"], ctypes.c_void_p), libc.SYS["getpid"], handle)
+    _register(ctypes.cast(_library["fflush"], ctypes.c_void_p), None, None)  # called before it, exit(3)
     found = [place for place in _places(_WORD.pack(handle)) if _is_ours(place, handle)]
     if len(found) != 1:
-        return False  # it stays as it is: an exit without finalizers
+        return False
     _State.entry = found[0]
-    libc.poke(_State.entry, _WORD.pack(FREE))
     _State.loaded = _loaded()
     return True
 
@@ -70,7 +71,7 @@ def mark() -> bool:
 def shorten() -> None:
     """Have exit(3) stop at the mark, unless shared objects were loaded since: their finalizers come last of all."""
     if _State.entry and _loaded() == _State.loaded:
-        libc.poke(_State.entry, _WORD.pack(WITH_ARGUMENT))
+        libc.poke(_State.entry + _ARGUMENT_OFFSET, _WORD.pack(libc.SYS["exit_group"]))
 
 
 def _is_ours(place: int, handle: int) -> bool:
@@ -78,11 +79,14 @@ def _is_ours(place: int, handle: int) -> bool:
     if entry is None:
         return False
     flavour, _, argument, last = _ENTRY.unpack(entry)
-    return (flavour, argument, last) == (WITH_ARGUMENT, libc.SYS["exit_group"], handle)
+    return (flavour, argument, last) == (WITH_ARGUMENT, libc.SYS["getpid"], handle)
 
 
 def _places(word: bytes) -> list[int]:
-    """Where an entry may begin that ends with `word`: in libc's own variables, or in the heap."""
+    """Where an entry may begin that ends with `word`: in libc's own variables, or in the heap.
+
+    The heap has no name where the kernel has no room to grow it, and malloc(3) takes anonymous memory instead.
+    """
     found = []
     in_libc = False
     with open("/proc/self/maps") as file:
@@ -94,7 +98,7 @@ def _places(word: bytes) -> list[int]:
             continue
         start, end, name = int(fits[1], 16), int(fits[2], 16), fits[3]
         in_libc = "/libc.so" in name or "/libc-" in name or (in_libc and not name)  # .bss has no name, but follows
-        if (not in_libc and name != "[heap]") or end - start > MOST_BYTES:
+        if (not in_libc and name not in ("[heap]", "")) or end - start > MOST_BYTES:
             continue
         text = ctypes.string_at(start, end - start)
         at = text.find(word)

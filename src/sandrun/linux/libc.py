@@ -33,10 +33,12 @@ _COMMON = {
 }
 _BY_MACHINE = {
     "x86_64": {
-        "capget": 125, "capset": 126, "pivot_root": 155, "exit_group": 231, "process_vm_readv": 310, "seccomp": 317,
+        "getpid": 39, "capget": 125, "capset": 126, "pivot_root": 155, "exit_group": 231, "process_vm_readv": 310,
+        "seccomp": 317,
     },
     "aarch64": {
-        "capget": 90, "capset": 91, "pivot_root": 41, "exit_group": 94, "process_vm_readv": 270, "seccomp": 277,
+        "getpid": 172, "capget": 90, "capset": 91, "pivot_root": 41, "exit_group": 94, "process_vm_readv": 270,
+        "seccomp": 277,
     },
 }  # fmt: skip
 
