@@ -21,12 +21,14 @@ WITH_ARGUMENT = 4
 _ENTRY = struct.Struct("=QQQQ")  # flavour, function (mangled), argument, handle of the shared object
 _ARGUMENT_OFFSET = 16
 _WORD = struct.Struct("=Q")
-_HEAP = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ \S+ +(\S*)")
-MOST_BYTES = 256 << 20
+_HEAP = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw[x-]p \S+ \S+ \S+ +(\S*)")  # user-mode Linux has heaps with an x
 
 _library = ctypes.PyDLL(None)
 _register = _library["__cxa_atexit"]
 _register.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+_find = _library["memmem"]
+_find.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+_find.restype = ctypes.c_void_p
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _iterate = _library["dl_iterate_phdr"]
 _iterate.argtypes = [_Callback, ctypes.c_void_p]
@@ -98,11 +100,9 @@ def _places(word: bytes) -> list[int]:
             continue
         start, end, name = int(fits[1], 16), int(fits[2], 16), fits[3]
         in_libc = "/libc.so" in name or "/libc-" in name or (in_libc and not name)  # .bss has no name, but follows
-        if (not in_libc and name not in ("[heap]", "")) or end - start > MOST_BYTES:
+        if not in_libc and name not in ("[heap]", ""):
             continue
-        text = ctypes.string_at(start, end - start)
-        at = text.find(word)
-        while at >= 0:
-            found.append(start + at + _WORD.size - _ENTRY.size)
-            at = text.find(word, at + 1)
+        while at := _find(start, end - start, word, _WORD.size):  # in place: a copy would be found too
+            found.append(at + _WORD.size - _ENTRY.size)
+            start = at + 1
     return [place for place in found if place % 8 == 0]
