@@ -80,6 +80,12 @@ class Server:
         inits = [p for p in self.descendants() if p.pid_depth == base + 2 and p.pid_inside == 1]
         return [[init, *host.descendants(init.pid)] for init in inits]
 
+    def lasting(self) -> list[host.Process]:
+        """Api, spawner and zygotes. Told apart by where they live: a sandbox's title is at first its zygote's."""
+        ours = host.process(os.getpid())
+        base = ours.pid_depth if ours else 1
+        return [p for p in self.descendants() if 0 < p.pid_depth < base + 2]
+
     def busy(self) -> list[host.Process]:
         """Processes of jobs: of sandboxes that are not parked. In a parked one a single process waits for its files,
         with a socket open that no job has (requirement 12)."""

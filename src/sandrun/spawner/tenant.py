@@ -268,6 +268,8 @@ class Tenant:
 
     def _match(self) -> None:
         """Bring waiting jobs and parked sandboxes together; build for those that are left."""
+        if self.queue and self.zygote_is_gone():
+            return  # nothing is given to those that die with it: the next one's are
         while self.queue:
             waiting = next(iter(self.queue.values()))
             box = next((box for box in self._ready if box.fits(waiting.start)), None)
