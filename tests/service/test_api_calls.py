@@ -695,10 +695,7 @@ async def test_every_answer_carries_the_headers_and_none_opens_it_to_other_sites
 @pytest.mark.parametrize(
     ("host", "status"),
     [
-        *(
-            (host, 200)
-            for host in ("localhost", "localhost:80", "LocalHost:8", "127.0.0.1", "192.0.2.7:1", "[::1]:80")
-        ),
+        *((host, 200) for host in ("localhost", "localhost:80", "LocalHost:8", "127.0.0.1", "192.0.2.7:1", "[::1]:80")),
         *((host, 200) for host in ("sandrun.example", "Sandrun.Example:8443", "sandrun.example.")),
         *((host, 421) for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "2130706433")),
         *((host, 421) for host in ("sandrun.example@evil", "0x7f.1", "", "[::1", "localhost:80:80", "a b", "[evil]")),

@@ -114,9 +114,7 @@ def _run(config: Config, spawner: socket.socket, control: socket.socket) -> int:
     gc.collect()
     gc.freeze()
     uid = ids.choose_base(config.uid_base, 1) if os.geteuid() == 0 else os.geteuid()
-    report = lockdown.lock_down(
-        lockdown.Wanted(user=config.user, uid=uid, waived=config.waived, parent=os.getppid())
-    )
+    report = lockdown.lock_down(lockdown.Wanted(user=config.user, uid=uid, waived=config.waived, parent=os.getppid()))
     if report.missing:
         structlog.get_logger().warning("walls_missing", missing=report.missing)
     with asyncio.Runner(loop_factory=new_loop) as runner:

@@ -162,9 +162,7 @@ def decode_activity(message: bytes) -> tuple[int, bool]:
     return ticket, bool(active)
 
 
-OUTCOMES = (
-    "exited signaled timeout cpu_limit memory_limit cancelled worker_lost setup_failed"
-).split()
+OUTCOMES = "exited signaled timeout cpu_limit memory_limit cancelled worker_lost setup_failed".split()
 """Outcomes by their number in messages; the words are `sandrun.model.Outcome`."""
 
 
@@ -257,9 +255,7 @@ class Spawn(NamedTuple):
 
     @property
     def descriptors(self) -> int:
-        return (
-            SPAWN_FIXED_DESCRIPTORS + bool(self.flags & HAS_STORAGE) + bool(self.flags & HAS_CGROUP) + self.entries
-        )
+        return SPAWN_FIXED_DESCRIPTORS + bool(self.flags & HAS_STORAGE) + bool(self.flags & HAS_CGROUP) + self.entries
 
 
 _SLOT = struct.Struct("<cxxxI")
