@@ -105,7 +105,7 @@ class Peer:
     def try_out(self, program: Program) -> str:
         """Why it cannot be measured here; "" if it can."""
         if not self.program:
-            return "not installed"
+            return f"{self.name} is not installed"
         with tempfile.TemporaryFile() as errors:
             try:
                 _, output, code = spawn(self.command(program), self.environment(program), errors.fileno())

@@ -113,6 +113,9 @@ class Config:
     hostname: tuple[str, ...] = _setting(
         "listen", "names", (), "names that a Host header may carry beside IP literals and localhost"
     )
+    user: str = _setting(
+        "listen", "text", "sandrun", "account of the HTTP process as root; the range's first id if there is none"
+    )
 
     allow_missing: tuple[str, ...] = _setting(
         "isolation",
@@ -126,9 +129,6 @@ class Config:
     )
     interpreters: tuple[str, ...] = _setting(
         "isolation", "names", INTERPRETERS, "interpreters to offer, of those that the host has", choices=INTERPRETERS
-    )
-    user: str = _setting(
-        "isolation", "text", "sandrun", "account of the HTTP process as root; the range's first id if there is none"
     )
     uid_base: int = _setting(
         "isolation", "integer", UID_BASE, "first host uid of the sandboxes, as root", low=65536, high=4294000000

@@ -102,14 +102,15 @@ def frozen(process: host.Process) -> Iterator[None]:
 @pytest.mark.root
 @pytest.mark.requirement(21)
 def test_frozen_job_cannot_outlive_its_wall_limit(api: Api, running_server: serving.Server) -> None:
-    """Init is frozen with it and can neither end it nor collect: logs are kept all the same."""
+    """Init is frozen with it: it is thawed to end the job, and what was written is kept."""
     need(api, "cpu")
-    code = "print('begun', flush=True)\ntime.sleep(60)\n"
-    with held(Inside(IN_PLACE, api), running_server, code, timeout=2) as job:
+    code = "open('written', 'w').write('before')\nprint('begun', flush=True)\ntime.sleep(60)\n"
+    with held(Inside(IN_PLACE, api), running_server, code, timeout=2, outputs=["written"]) as job:
         job.wait_for("begun")
         with frozen(job.process):
             result = job.wait()
     assert (result["outcome"], result["stdout"]) == ("timeout", "begun\n")
+    assert [(kept["path"], kept["size"]) for kept in result["output_files"]] == [("written", 6)]
     assert 2 <= metadata(result)["wall_seconds"] < 3
     assert running_server.idle()
 

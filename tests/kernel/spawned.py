@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import select
@@ -12,10 +13,12 @@ import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sandrun.jobs.archive import build_archive
 from sandrun.jobs.outputs import OutputsParser
+from sandrun.linux import cgroup, landlock, seccomp
+from sandrun.linux.hierarchy import Hierarchy
 from sandrun.model import MIB, Limits
 from sandrun.spawner import nursery, protocol, server, supervisor
 from sandrun.spawner.client import Ended, Order, SpawnerClient
@@ -128,6 +131,23 @@ class Spawned:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
+def _take_away(absent: frozenset[str]) -> None:
+    """In the spawner's process: a host without these layers. Of cgroups, none or all."""
+
+    def no_filters() -> NoReturn:
+        raise OSError(errno.EINVAL, "no seccomp filters")
+
+    def no_cgroups(*, use_v2: bool = True) -> Hierarchy:
+        return Hierarchy("none", (), {})
+
+    if absent & {"memory", "pids", "cpu"}:
+        cgroup.detect = no_cgroups
+    if "seccomp" in absent:
+        seccomp.probe = no_filters
+    if "landlock" in absent:
+        landlock.abi = lambda: 0
+
+
 async def _read(descriptor: int) -> bytes:
     """Everything up to the end of file; closes it."""
     loop = asyncio.get_running_loop()
@@ -163,14 +183,16 @@ async def spawned(
     *,
     patch: Callable[[], object] | None = None,
     waived: frozenset[str] | None = None,
+    absent: frozenset[str] = frozenset(),
     interpreters: tuple[str, ...] = ("python3",),
 ) -> AsyncIterator[Spawned]:
     """Fork a spawner; `await it.client.ready()` tells whether it found the host fit. At the end nothing may be left.
 
     `overrides` replaces modules inside zygotes, `patch` is called in the spawner's own process before it begins.
+    `absent` are waived layers that this host is made to lack.
     """
     settings = server.Settings(
-        waived=default_waived() if waived is None else waived,
+        waived=(default_waived() if waived is None else waived) | absent,
         rootfs="/",
         uid_base=UID_BASE,
         interpreters=interpreters,
@@ -182,6 +204,7 @@ async def spawned(
 
     def main() -> int:
         sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  to the end of this process
+        _take_away(absent)
         if patch is not None:
             patch()
         return server.run(theirs, settings)

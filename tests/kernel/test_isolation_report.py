@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +123,21 @@ async def test_filter_that_lets_everything_pass_is_noticed(tmp_path: Path) -> No
     assert "calls that pass reads ['socket', 'unshare'], not []" in error.details
 
 
+@pytest.mark.requirement(5)
+async def test_another_filter_than_the_policys_is_noticed(tmp_path: Path) -> None:
+    """One that refuses the two calls that are tried, and allows one more than it should."""
+    real = policy.job_policy()
+    other = seccomp.Filter(seccomp.ALLOW)
+    for name in ("socket", "unshare"):
+        other.add(seccomp.ERRNO(errno.EPERM), name)
+    load = ("spec.filter = spec.nest.job_filter", f"spec.filter = bytes.fromhex({other.export().hex()!r})")
+    change = ("seccomp.load(spec.nest.job_filter)", f"seccomp.load(bytes.fromhex({other.export().hex()!r}))")
+    async with spawned(tmp_path, without(STEPS, load, change)) as one:
+        error = await refused(one)
+    assert error.step == "verify"
+    assert f"filter reads {hashlib.sha256(other.export()).hexdigest()!r}, not {real.digest!r}" in error.details
+
+
 # ---- what the host sees ------------------------------------------------------------------------------------
 
 NOTICED_OUTSIDE = [
@@ -186,10 +203,10 @@ async def test_uid_of_another_sandbox_is_noticed_from_the_host(tmp_path: Path) -
 @pytest.mark.requirement(3)
 @pytest.mark.parametrize("blind", [False, True])
 async def test_missing_no_new_privs_is_noticed(blind: bool, tmp_path: Path) -> None:
-    """Filter and Landlock cannot be had without it, so both are waived here: no other wall speaks up."""
+    """Filter and Landlock cannot be had without it, so this host has neither: no other wall speaks up."""
     change = without(STEPS, *PRIVILEGED)
     overrides = {**BLIND, **change} if blind else change
-    async with spawned(tmp_path, overrides, waived=default_waived() | {"seccomp", "landlock"}) as one:
+    async with spawned(tmp_path, overrides, absent=frozenset(("seccomp", "landlock"))) as one:
         error = await refused(one)
     assert (error.step, error.details.partition("] ")[2]) == (
         ("verify from the host", "no_new_privs is not set") if blind else ("verify", "no_new_privs reads 0, not 1")
@@ -254,15 +271,31 @@ async def test_open_swap_shows(tmp_path: Path) -> None:
 async def test_every_waived_layer_shows(tmp_path: Path) -> None:
     """Waiving allows a layer to be missing; of what stands all the same, no report says that it is missing."""
     waived = frozenset(("memory", "pids", "cpu", "seccomp", "landlock", "net"))
-    async with spawned(tmp_path, waived=waived) as one:
+    async with spawned(tmp_path, waived=waived, absent=waived - {"net"}) as one:
         facts = await one.client.ready()
         done = await one.run()
         outer = report.read_namespaces("/proc/self")
     assert facts.isolation["waived"] == done.host["waived"] == sorted(waived - {"net"})
     assert facts.isolation["cgroup"] == "none"
-    assert (done.inside["seccomp"], done.inside["landlock"], done.host["filter"]) == (0, 0, {})
+    assert (done.inside["seccomp"], done.inside["landlock"]) == (0, 0)
+    assert (done.inside["filter"], done.host["filter"]) == ("", {})
     assert "limits" not in done.host
     assert done.inside["namespaces"]["net"] != outer["net"]
+
+
+@pytest.mark.requirement(17)
+async def test_waived_layers_stand_where_they_can_be_had(tmp_path: Path) -> None:
+    waived = frozenset(("memory", "pids", "cpu", "seccomp", "landlock"))
+    async with spawned(tmp_path, waived=waived) as one:
+        facts = await one.client.ready()
+        done = await one.run(memory_mb=256, processes=7)
+    absent = {"memory", "pids", "cpu"} if os.geteuid() else set()
+    assert (
+        facts.isolation["waived"] == done.host["waived"] == sorted(absent | set(() if landlock.abi() else ["landlock"]))
+    )
+    assert (done.inside["seccomp"], done.inside["landlock"]) == (2, landlock.abi())
+    if not absent:
+        assert done.host["limits"]["memory_bytes"] == 256 << 20
 
 
 @ROOT
@@ -299,6 +332,7 @@ async def test_both_sides_see_the_same_job(tmp_path: Path) -> None:
     assert done.stdout == f"net:[{done.inside['namespaces']['net']}] {done.inside['pid']}\n"
     assert done.inside["descriptors"] == [0, 1, 2]
     assert done.inside["calls_that_pass"] == []
+    assert done.inside["filter"] == done.host["filter"]["digest"]
     real = policy.job_policy()
     assert done.host["filter"] == {
         "digest": real.digest,
@@ -341,12 +375,12 @@ def _changes(found: dict[str, Any], fields: tuple[str, ...]) -> list[tuple[str, 
 async def test_each_field_is_verified(tmp_path: Path) -> None:
     inside, outside = await _reports(tmp_path)
     nest = Nest(
-        job_filter=b"", init_filter=b"", landlock=inside["landlock"], namespaces=0, shared_uid=False, interpreters={},
-        path="", environment="", masked=[], core_limit=0,
+        job_filter=b"", init_filter=b"", filter_digest=inside["filter"], landlock=inside["landlock"],
+        namespaces=0, shared_uid=False, interpreters={}, path="", environment="", masked=[], core_limit=0,
     )  # fmt: skip
     spec: Any = SimpleNamespace(nest=nest)
     report.verify(inside, spec)
-    fields = ("uid", "gid", "capabilities", "no_new_privs", "descriptors", "work_directory")
+    fields = ("uid", "gid", "capabilities", "no_new_privs", "descriptors", "work_directory", "filter")
     for words, bad in [*_changes(inside, fields), *_bad_mounts(inside)]:
         with pytest.raises(OSError, match=words):
             report.verify(bad, spec)

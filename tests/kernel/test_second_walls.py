@@ -222,8 +222,7 @@ async def test_open_swap_is_a_refusal_where_nothing_limits_memory(tmp_path: Path
     def patch() -> None:
         cgroup.swap_active = lambda: True
 
-    waived = frozenset(("memory", "pids", "cpu"))
-    async with spawned(tmp_path, patch=patch, waived=waived) as one:
+    async with spawned(tmp_path, patch=patch, absent=frozenset(("memory", "pids", "cpu"))) as one:
         error = await refused(one)
     assert error.step == "swap"
     assert "swapoff" in error.details

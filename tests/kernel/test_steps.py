@@ -212,7 +212,7 @@ for _ in range(12):
 print(made, *resource.getrlimit(resource.RLIMIT_NPROC))
 stop.set()
 """
-    async with spawned(tmp_path, waived=waived | default_waived()) as one:
+    async with spawned(tmp_path, absent=waived) as one:
         await one.client.ready()
         for done in await asyncio.gather(*(one.run(code, processes=5) for _ in range(3))):
             made, *limit = map(int, done.stdout.split())
@@ -349,11 +349,26 @@ async def test_zygote_that_never_says_a_word_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.requirement(34)
-async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_the_next(tmp_path: Path) -> None:
-    """Nothing of it had begun, so nothing is lost."""
+@pytest.mark.parametrize("late", [0, 1.0], ids=["at once", "when the next zygote is there"])
+async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_the_next(
+    late: float, tmp_path: Path
+) -> None:
+    """Nothing of it had begun, so nothing is lost, whenever the spawner hears that the sandbox is dead too."""
     slow = without("sandbox/steps", ("    os.setsid()\n\n\ndef offer_to_oom", "    _sleep()\n\n\ndef offer_to_oom"))
     text = slow["sandbox/steps"].decode() + "\ndef _sleep():\n    import time\n    os.setsid()\n    time.sleep(0.3)\n"
-    async with spawned(tmp_path, {"sandbox/steps": text.encode()}, patch=build_on_demand) as one:
+
+    def patch() -> None:
+        build_on_demand()
+        if late:
+            hear = box.Box.on_pidfd
+
+            def on_pidfd(self: box.Box) -> None:
+                self.server.loop.unwatch(self.pidfd)
+                self.server.loop.after(late, lambda: hear(self))
+
+            box.Box.on_pidfd = on_pidfd  # type: ignore[method-assign]
+
+    async with spawned(tmp_path, {"sandbox/steps": text.encode()}, patch=patch) as one:
         await one.client.ready()
         job = asyncio.create_task(one.run())
         while not one.sandboxes():  # it is being built
@@ -406,8 +421,8 @@ async def test_sandbox_that_is_ended_before_its_birth_is_told_of_dies_at_once(tm
         "ours, theirs = socket.socketpair()\n",
         "ours, theirs = socket.socketpair()\n    import time; time.sleep(0.3)\n",
     )
-    waived = frozenset(("memory", "pids", "cpu"))
-    async with spawned(tmp_path, without("spawner/zygote", change), waived=waived) as one:
+    absent = frozenset(("memory", "pids", "cpu"))
+    async with spawned(tmp_path, without("spawner/zygote", change), absent=absent) as one:
         await one.client.ready()
         await asyncio.sleep(0.1)  # the first of those for later is on its way
         began = time.monotonic()

@@ -24,6 +24,7 @@ INSIDE: dict[str, Any] = {
     "no_new_privs": 1,
     "seccomp": 2,
     "calls_that_pass": [],
+    "filter": "0123",
     "landlock": 7,
     "descriptors": [0, 1, 2],
     "mounts": [
@@ -60,7 +61,8 @@ def changed(found: dict[str, Any], field: str, value: object) -> dict[str, Any]:
 
 
 def inside(found: dict[str, Any], job_filter: bytes = b"program") -> None:
-    report.verify(found, cast(Spec, SimpleNamespace(nest=SimpleNamespace(job_filter=job_filter, landlock=7))))
+    nest = SimpleNamespace(job_filter=job_filter, filter_digest="0123" if job_filter else "", landlock=7)
+    report.verify(found, cast(Spec, SimpleNamespace(nest=nest)))
 
 
 def outside(found: dict[str, Any], **options: Any) -> None:
@@ -86,6 +88,8 @@ def with_mount(place: str, options: str) -> list[list[str]]:
         ("seccomp", 0, "seccomp"),
         ("seccomp", 1, "seccomp"),
         ("calls_that_pass", ["socket"], "calls that pass"),
+        ("filter", "4567", "filter"),
+        ("filter", "", "filter"),
         ("landlock", 0, "landlock"),
         ("descriptors", [0, 1, 2, 7], "descriptors"),
         ("descriptors", [0, 1], "descriptors"),
@@ -134,7 +138,7 @@ def test_a_job_is_never_the_hosts_root() -> None:
 
 
 def test_waived_layers_are_not_held_against_a_sandbox() -> None:
-    inside(changed(INSIDE, "seccomp", 0), job_filter=b"")
+    inside(changed(changed(INSIDE, "seccomp", 0), "filter", ""), job_filter=b"")
     outside(changed(OUTSIDE, "seccomp", 0), sandboxed=False)
     outside(changed(OUTSIDE, "namespaces.net", OUTER["net"]), flags=ALL_FLAGS & ~report.NAMESPACE_FLAGS["net"])
     with pytest.raises(OSError, match="the pid namespace"):  # these two have no flag to leave out

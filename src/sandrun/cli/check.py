@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
         print_json({"ok": good, "findings": [finding._asdict() for finding in findings]})
         return 0 if good else 1
     width = max(len(finding.name) for finding in findings)
-    for finding in findings:
+    for finding, following in zip(findings, [*findings[1:], None], strict=True):
         print(f"{'ok' if finding.ok else 'MISSING':9}{finding.name:{width}}  {one_line(finding.details)}")
-        if finding.fix and not finding.ok:
+        again = following is not None and not following.ok and following.fix == finding.fix
+        if finding.fix and not finding.ok and not again:
             print(f"{'':9}{'':{width}}  fix: {one_line(finding.fix.removeprefix('Fix: '))}")
     print("a server with these settings would run jobs" if good else "a server with these settings would not start")
     return 0 if good else 1

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (build, listing, remove):
         if action is not remove:
             action.add_argument("--json", action="store_true", help="name, packages, digest, python, created, preload")
-        add_flags(action, "isolation")
+        add_flags(action, "isolation", only="state_dir")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,8 +62,8 @@ def _build(args: argparse.Namespace, config: Config) -> int:
     if args.json:
         print_json(_fields(built))
     else:
-        count = len(built.packages)
-        print(f"{one_line(built.name)}: {count} packages, digest {built.digest[:16]}, {one_line(built.path)}")
+        count = f"{len(built.packages)} package{'s' if len(built.packages) != 1 else ''}"
+        print(f"{one_line(built.name)}: {count}, digest {built.digest[:16]}, {one_line(built.path)}")
     return 0
 
 

@@ -104,20 +104,24 @@ class Cgroups:
         Raises: MissingLayer for one of memory, pids, cpu, swap that cannot be had and is not in `waived`.
         """
         waived = frozenset(waived)
-        if waived.issuperset(LAYERS):
-            return cls(Hierarchy("none", (), {}), "", [], frozenset((*LAYERS, "swap")))
         hierarchy = detect()
         try:
-            return cls._create(hierarchy, waived)
+            try:
+                return cls._create(hierarchy, waived)
+            except MissingLayer:
+                if hierarchy.mode != "hybrid":
+                    raise
+                # the v2 tree may be read-only: freezer and cpuacct then
+                return cls._create(detect(use_v2=False), waived)
         except MissingLayer:
-            if hierarchy.mode != "hybrid":
+            if not waived.issuperset(LAYERS):
                 raise
-            return cls._create(detect(use_v2=False), waived)  # the v2 tree may be read-only: freezer and cpuacct then
+            return cls(Hierarchy("none", (), {}), "", [], frozenset((*LAYERS, "swap")))
 
     @classmethod
     def _create(cls, hierarchy: Hierarchy, waived: frozenset[str]) -> Cgroups:
         missing = _check_layers(hierarchy, waived)
-        needed = next(layer for layer in LAYERS if layer not in waived)
+        needed = next((layer for layer in LAYERS if layer not in waived), "cgroup")
         directory = undelegated(hierarchy)
         if directory is not None:
             raise MissingLayer(needed, f"cgroup {directory} belongs to systemd and is not delegated to us", DELEGATE)

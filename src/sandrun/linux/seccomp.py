@@ -28,6 +28,7 @@ MODE_DISABLED, MODE_STRICT, MODE_FILTER = 0, 1, 2
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[MACHINE]  # <linux/audit.h>
 _LOW_32 = 0xFFFFFFFF
 _SET_MODE_FILTER = 1
+_GET_ACTION_AVAILABLE = 2
 _ATTR_ACT_BADARCH, _ATTR_CTL_NNP, _ATTR_CTL_OPTIMIZE = 2, 3, 8  # <seccomp.h>, enum scmp_filter_attr
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
 _LOAD, _AND, _JUMP_EQUAL, _JUMP, _RETURN = 0x20, 0x54, 0x15, 0x05, 0x06
@@ -224,6 +225,12 @@ class Filter:
 
 class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def probe() -> None:
+    """Raises: OSError if this kernel has no filters, or would not refuse by errno. seccomp(2), since Linux 4.14."""
+    action = ctypes.c_uint32(ERRNO(0))
+    syscall(SYS["seccomp"], _GET_ACTION_AVAILABLE, 0, ctypes.byref(action))
 
 
 def load(program: bytes) -> None:

@@ -10,6 +10,11 @@ import resource
 import socket
 from typing import Any
 
+try:  # hashlib would load OpenSSL into every job's process
+    from _sha2 import sha256  # type: ignore[import-not-found]  # Python 3.12
+except ImportError:
+    from _sha256 import sha256  # type: ignore[import-not-found]
+
 from sandrun.linux import process
 from sandrun.sandbox import rootfs
 from sandrun.sandbox.spec import JOB_UID, Spec
@@ -77,6 +82,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     own = {spec.gate, spec.snapshot}  # closed before the client's first instruction
     found["descriptors"] = sorted(set(list_descriptors()) - own)
     found["landlock"] = spec.landlock
+    found["filter"] = sha256(spec.filter).hexdigest() if spec.filter else ""
     found["calls_that_pass"] = _try_forbidden_calls() if spec.nest.job_filter else None
     found["rlimits"] = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in RLIMITS}
     found["host_name"] = os.uname().nodename
@@ -138,6 +144,7 @@ def verify(found: dict[str, Any], spec: Spec) -> None:
     if nest.job_filter:
         expect("seccomp", found["seccomp"], 2)
         expect("calls that pass", found["calls_that_pass"], [])
+    expect("filter", found["filter"], nest.filter_digest)
     expect("descriptors", found["descriptors"], [0, 1, 2])
     devices = [f"/dev/{name}" for name in rootfs.DEVICES]
     for place, _kind, options, _ in found["mounts"]:

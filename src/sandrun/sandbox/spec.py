@@ -13,7 +13,8 @@ class Nest:
     """What all sandboxes of one zygote share; made by the spawner, not changed once the zygote is warm.
 
     Attributes:
-        job_filter, init_filter: BPF programs; empty if seccomp is waived.
+        job_filter, init_filter: BPF programs; empty where there is none, which the operator waived.
+        filter_digest: SHA-256 of the first, in hexadecimal.
         landlock: ABI to use, 0 for none.
         namespaces: CLONE_NEW* flags that a sandbox unshares after its PID namespace.
         shared_uid: one uid for init and job.
@@ -28,8 +29,8 @@ class Nest:
     """
 
     __slots__ = (
-        "caches", "core_limit", "environment", "init_filter", "interpreters", "job_filter", "landlock", "masked",
-        "namespaces", "path", "rehearsal", "shared_uid", "variables",
+        "caches", "core_limit", "environment", "filter_digest", "init_filter", "interpreters", "job_filter", "landlock",
+        "masked", "namespaces", "path", "rehearsal", "shared_uid", "variables",
     )  # fmt: skip
 
     def __init__(
@@ -37,6 +38,7 @@ class Nest:
         *,
         job_filter: bytes,
         init_filter: bytes,
+        filter_digest: str,
         landlock: int,
         namespaces: int,
         shared_uid: bool,
@@ -48,6 +50,7 @@ class Nest:
     ) -> None:
         self.job_filter = job_filter
         self.init_filter = init_filter
+        self.filter_digest = filter_digest
         self.landlock = landlock
         self.namespaces = namespaces
         self.shared_uid = shared_uid
@@ -74,11 +77,12 @@ class Spec:
         proc: a writable, detached copy of the sandbox's /proc, for set-up steps alone.
         snapshot: memory file with the state of the work directory after unpacking.
         landlock: the ABI that is in force for this process, 0 for none.
+        filter: the program that this process has put itself under, empty for none.
     """
 
     __slots__ = (
-        "control", "entries", "gate", "init_id", "job_id", "landlock", "nest", "proc", "slot", "snapshot", "storage",
-        "storage_bytes", "sync",
+        "control", "entries", "filter", "gate", "init_id", "job_id", "landlock", "nest", "proc", "slot", "snapshot",
+        "storage", "storage_bytes", "sync",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +111,7 @@ class Spec:
         self.snapshot = -1
         self.proc = -1
         self.landlock = 0
+        self.filter = b""
 
     def descriptors(self) -> list[int]:
         """All that are open, in rising order."""

@@ -234,6 +234,7 @@ def change_directory(spec: Spec) -> None:
 def install_filter(spec: Spec) -> None:
     if spec.nest.job_filter:
         seccomp.load(spec.nest.job_filter)
+        spec.filter = spec.nest.job_filter
 
 
 JOB_STEPS: Final[tuple[Step, ...]] = (

@@ -308,6 +308,8 @@ class Box:
         self.reason = reason
         self._stop_timers()
         self.timer = self.server.loop.after(END_SECONDS, self.kill)
+        if self.cgroup is not None:
+            self.cgroup.freeze(False)  # who has frozen the job from outside has frozen init with it
         try:
             self.control.send(messages.END)
         except OSError:

@@ -102,6 +102,7 @@ def _swap() -> Finding:
 
 def _seccomp() -> Finding:
     try:
+        seccomp.probe()
         return Finding("seccomp", True, f"libseccomp {seccomp.library_version()}", "")
     except OSError as error:
         return Finding("seccomp", False, str(error), "apt-get install libseccomp2")

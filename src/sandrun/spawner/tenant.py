@@ -210,6 +210,8 @@ class Tenant:
                 box.reason = WORKER_LOST
             if box.pidfd < 0:
                 box.bury()
+        self._building.clear()  # dead or about to be told so: no failure of the next one's, nor of who waits for it
+        self._ready.clear()
         was_warm, self.warm = self.warm, False
         if self.server.stopping:
             return

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from sandrun.errors import MissingLayer
-from sandrun.linux import cgroup, ids, landlock
+from sandrun.linux import cgroup, ids, landlock, seccomp
 from sandrun.sandbox import policy, report, rootfs
 
 LAYER_OF = {"mnt": "mount", "cgroup": "cgroupns"}
@@ -17,7 +17,7 @@ class Walls:
     """Raises: MissingLayer for what cannot be had and is not waived.
 
     Attributes:
-        filter: digest, number of calls and of instructions of the jobs' seccomp filter; empty if that is waived.
+        filter: digest, number of calls and of instructions of the jobs' seccomp filter; empty where there is none.
         namespaces: CLONE_NEW* flags of what a sandbox unshares.
         landlock: ABI, 0 for none.
         noswap: tmpfs can be kept from swap by itself (Linux 6.4).
@@ -34,18 +34,20 @@ class Walls:
             raise MissingLayer("swap", "a job's memory could be swapped out to a disk", "swapoff -a, or use cgroup v2")
         self.filter: dict[str, Any] = {}
         self.job_filter = self.init_filter = b""
-        if "seccomp" not in waived:
-            jobs = policy.job_policy()
-            try:
-                self.job_filter, self.init_filter = jobs.compile(), policy.init_policy().compile()
-            except OSError as error:
+        jobs = policy.job_policy()
+        try:
+            seccomp.probe()
+            self.job_filter, self.init_filter = jobs.compile(), policy.init_policy().compile()
+        except OSError as error:
+            if "seccomp" not in waived:
                 raise MissingLayer("seccomp", str(error), "Fix: apt-get install libseccomp2") from error
+        else:
             self.filter = {
                 "digest": jobs.digest,
                 "calls": jobs.count,
                 "instructions": len(self.job_filter) // 8,  # sizeof(struct sock_filter)
             }
-        self.landlock = landlock.abi() if "landlock" not in waived else 0
+        self.landlock = landlock.abi()
         self.namespaces = 0
         for name, flag in report.NAMESPACE_FLAGS.items():
             if LAYER_OF.get(name, name) not in waived or os.path.exists(f"/proc/self/ns/{name}"):
@@ -60,7 +62,7 @@ class Walls:
         self.missing = self._missing(cgroups)
 
     def _missing(self, cgroups: cgroup.Cgroups) -> list[str]:
-        """The waived layers that do not stand. Seccomp, Landlock and cgroups are left out if waived."""
+        """The waived layers that do not stand: what was waived and can be had stands all the same."""
         gone = set(cgroups.missing)
         if not self.swap_closed:
             gone.add("swap")
@@ -89,6 +91,7 @@ class Walls:
         return {
             "job_filter": self.job_filter.hex(),
             "init_filter": self.init_filter.hex(),
+            "filter_digest": self.filter.get("digest", ""),
             "landlock": self.landlock,
             "namespaces": self.namespaces,
             "shared_uid": self.uid_base is None,
