@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import host
 from tests.escape.probing import (
     COMPILED,
     IN_PLACE,
@@ -37,12 +38,15 @@ Pauser = Callable[[Held], Callable[[bool], None]]
 
 def stopping(job: Held) -> Callable[[bool], None]:
     """By SIGSTOP and SIGCONT, to every process of the job."""
+    stopped: list[host.Process] = []
 
     def pause(paused: bool) -> None:
-        with contextlib.suppress(AssertionError):  # the job is gone
-            for one in job.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one.pid, signal.SIGSTOP if paused else signal.SIGCONT)
+        if paused:
+            with contextlib.suppress(AssertionError):  # the job is gone
+                stopped[:] = job.processes()
+        for one in stopped:  # to look for them again would take longer than the pause
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGSTOP if paused else signal.SIGCONT)
 
     return pause
 
