@@ -116,7 +116,7 @@ class Cgroups:
         except MissingLayer:
             if not waived.issuperset(LAYERS):
                 raise
-            return cls(Hierarchy("none", (), {}), "", [], frozenset((*LAYERS, "swap")))
+            return cls._create(Hierarchy("none", (), {}), waived)
 
     @classmethod
     def _create(cls, hierarchy: Hierarchy, waived: frozenset[str]) -> Cgroups:
