@@ -314,7 +314,7 @@ TIERS: dict[str, tuple[Tier, str, float]] = {
     "escape": (native("escape"), "as root on this host's cgroups", 900),
     "bench": (native("bench"), "as root on this host's cgroups", 240),
     "user": (user, "as an ordinary user with one uid and no cgroup", 900),
-    "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 1200),
+    "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 1400),
 }
 
 
