@@ -45,12 +45,12 @@ class Done:
     @property
     def inside(self) -> dict[str, Any]:
         """The isolation report of the job's process itself."""
-        return dict(self.ended.isolation["inside"])
+        return dict(json.loads(self.ended.isolation)["inside"])
 
     @property
     def host(self) -> dict[str, Any]:
         """The isolation report of the spawner."""
-        return dict(self.ended.isolation["host"])
+        return dict(json.loads(self.ended.isolation)["host"])
 
 
 @dataclass

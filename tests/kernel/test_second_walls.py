@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -336,6 +337,36 @@ async def test_spawner_ends_with_its_api(tmp_path: Path) -> None:
         assert serving.wait_until(lambda: is_gone(one.pid), 2)
         assert serving.wait_until(lambda: all(is_gone(p.pid) for p in members), 2)
         assert (await running).ended.outcome is Outcome.WORKER_LOST
+
+
+@pytest.mark.requirement(34)
+async def test_no_job_is_given_to_a_sandbox_whose_zygote_is_dead(tmp_path: Path) -> None:
+    """However late the spawner hears of the deaths."""
+
+    def late(kind: type, name: str) -> None:
+        hear = getattr(kind, name)
+
+        def heard(self: Any) -> None:
+            zygote = getattr(self, "zygote", None)
+            loop = self.server.loop
+            loop.unwatch(self.pidfd if zygote is None else zygote.pidfd)
+            loop.after(0.5, lambda: hear(self))
+
+        setattr(kind, name, heard)
+
+    def patch() -> None:
+        late(box.Box, "on_pidfd")
+        late(tenant.Tenant, "_on_zygote_death")
+
+    async with spawned(tmp_path, patch=patch) as one:
+        await one.client.ready()
+        assert serving.wait_until(lambda: len(one.sandboxes()) >= 2, 5)
+        await asyncio.sleep(0.5)  # they are parked
+        (zygote,) = (p for p in host.descendants(one.pid) if p.parent == one.pid)
+        os.kill(zygote.pid, signal.SIGKILL)
+        assert serving.wait_until(lambda: is_gone(zygote.pid), 5)
+        done = await asyncio.wait_for(one.run(), 5)
+        assert (done.ended.outcome, done.stdout) == (Outcome.EXITED, "hello\n")
 
 
 @pytest.mark.requirement(34)

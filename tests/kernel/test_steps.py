@@ -70,7 +70,7 @@ def assert_failed(done: Done, step: str, errno: int = ERRNO) -> None:
     assert done.ended.outcome is Outcome.SETUP_FAILED, done
     assert done.ended.failed is not None
     assert (done.ended.failed["step"], done.ended.failed["errno"]) == (step, errno), done.ended.failed
-    assert (done.stdout, done.stderr, done.outputs, done.ended.isolation) == ("", "", {}, {})
+    assert (done.stdout, done.stderr, done.outputs, done.ended.isolation) == ("", "", {}, b"")
     assert done.ended.exit_code is done.ended.signal is None
 
 

@@ -117,12 +117,11 @@ async def test_result_tells_what_the_job_did(world: World):
     world.sandbox().write("stdout", b"hello\n")
     world.sandbox().write("stderr", b"\xff")
     await asyncio.sleep(0)
-    world.sandbox().end(exit_code=3, limits_hit=(LimitHit.PROCESSES,), isolation={"inside": {"uid": 1000}})
+    world.sandbox().end(exit_code=3, limits_hit=(LimitHit.PROCESSES,), isolation=b'{"inside":{"uid":1000}}')
     assert await world.service.wait(job, 5)
     result = world.service.result(job, logs=True)
     assert (result.status, result.outcome, result.exit_code) == (Status.FAILED, Outcome.EXITED, 3)
     assert (result.stdout, result.stderr, result.limits_hit) == ("hello\n", "\ufffd", [LimitHit.PROCESSES])
-    assert result.isolation == {"inside": {"uid": 1000}}
     times = result.execution_metadata
     assert times.wall_seconds == 0.5
     assert times.cpu_seconds == 0.25
@@ -130,6 +129,7 @@ async def test_result_tells_what_the_job_did(world: World):
     assert times.ended_at is not None
     assert times.submitted_at <= times.started_at <= times.ended_at
     decoded = msgspec.json.decode(msgspec.json.encode(result))
+    assert decoded["isolation"] == {"inside": {"uid": 1000}}
     assert decoded["job_tag"] == sha256(job.id.encode()).hexdigest()[:12]
     assert decoded["execution_metadata"]["interpreter"] == "python3"
     assert world.service.result(job).stdout is None
@@ -620,7 +620,7 @@ async def test_run_that_waits_when_the_server_drains_is_told_to_come_back(world:
 async def test_digests_are_those_of_what_went_in_and_out(world: World):
     job = await world.run(files={"in.txt": "data"}, stdin="x")
     world.sandbox().write("stdout", b"out")
-    world.sandbox().end(isolation={"b": 1, "a": [True, None]})
+    world.sandbox().end(isolation=b'{"b":1, "a":[true,null]}')
     await world.service.wait(job, 5)
     assert {file.path: file.sha256 for file in job.inputs}["in.txt"] == sha256(b"data").hexdigest()
     assert job.stdout.sha256 == sha256(b"out").hexdigest()

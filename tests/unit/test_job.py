@@ -46,10 +46,10 @@ async def test_erased_job_holds_nothing_of_its_client() -> None:
     job.manifest = Manifest(entrypoint="canary.py", interpreter="python3", args=("canary",), env={"A": "canary"})
     job.stdout.append(b"canary")
     job.stderr.append(b"canary")
-    job.isolation = {"inside": "canary"}
+    job.isolation = b'{"inside":"canary"}'
     assert job.account.held == 12
     job.erase()
     assert job.account.held == 0
     assert (job.stdout.read(), job.stderr.read(), job.inputs, job.outputs) == (b"", b"", (), {})
     assert "canary" not in str(job.manifest)
-    assert job.isolation == {}
+    assert job.isolation == b""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from sandrun.jobs.job import Job
     from sandrun.jobs.logs import LogBuffer
+    from sandrun.jobs.result import JobResult
     from sandrun.jobs.service import JobService
 
 FAILED = verdict.FAILED
@@ -133,7 +134,7 @@ async def _run(
             _report(args, service, job)
             if signals:
                 return 128 + signals[0]
-            return verdict.exit_code(dataclasses.asdict(service.result(job)))
+            return verdict.exit_code(_plain(service.result(job)))
         finally:
             service.close()
     finally:
@@ -194,7 +195,7 @@ async def _copy(buffer: LogBuffer, target: JobStream) -> None:
 
 
 def _report(args: argparse.Namespace, service: JobService, job: Job) -> None:
-    result = dataclasses.asdict(service.result(job, logs=args.json))
+    result = _plain(service.result(job, logs=args.json))
     if args.json:
         print_json(result)
     saved = _save(args, job) if args.outputs is not None else []
@@ -204,6 +205,13 @@ def _report(args: argparse.Namespace, service: JobService, job: Job) -> None:
         complain(verdict.summary(result))
     for path in saved:
         complain(f"saved {one_line(path)}")
+
+
+def _plain(result: JobResult) -> dict[str, Any]:
+    """As a client would have it from a server."""
+    import msgspec
+
+    return dict(msgspec.json.decode(msgspec.json.encode(result)))
 
 
 def _save(args: argparse.Namespace, job: Job) -> list[str]:

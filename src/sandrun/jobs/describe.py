@@ -6,6 +6,7 @@ import base64
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import structlog
 
 from sandrun.jobs.job import Job
@@ -54,7 +55,7 @@ def describe(job: Job, position: int | None, *, logs: bool) -> JobResult:
         ),
         output_files=shown,
         outputs_omitted=job.outputs_omitted,
-        isolation=dict(job.isolation),
+        isolation=msgspec.Raw(job.isolation or b"{}"),
         failure=job.failure,
     )
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sandrun.errors import NotFound
 from sandrun.jobs.canonical import canonical
@@ -113,7 +112,7 @@ class Job:
         outputs_omitted: files that matched and were left out.
         storage_full: outputs were dropped because the server's memory was full.
         limits_hit: what it ran into without ending by it.
-        isolation: what was measured of its walls.
+        isolation: what was measured of its walls, JSON, b"" until it has ended.
         inputs: what the client's files were.
         changed: woken whenever a log grows or ends, and whenever `status` changes.
         submitted, left_queue, started, ended: CLOCK_MONOTONIC seconds; `left_queue` is when its sandbox was asked for.
@@ -155,7 +154,7 @@ class Job:
         self.signal: int | None = None
         self.usage: Usage | None = None
         self.limits_hit: tuple[LimitHit, ...] = ()
-        self.isolation: Mapping[str, Any] = {}
+        self.isolation = b""
         self.failure: Failure | None = None
         self.submitted_at = time.time()
         self.submitted = time.monotonic()
@@ -188,7 +187,7 @@ class Job:
     @property
     def isolation_sha256(self) -> str:
         """Of the isolation report as canonical JSON."""
-        return digest_of(self.isolation)
+        return digest_of(json.loads(self.isolation or b"{}"))
 
     def unpacked(self) -> None:
         """The sandbox has made files of the archive, in the job's own memory, and closed it."""
@@ -223,7 +222,7 @@ class Job:
         self.outputs.clear()
         self.manifest = Manifest(entrypoint="", interpreter=self.manifest.interpreter)
         self.inputs = ()
-        self.isolation = {}
+        self.isolation = b""
         self.account.close()
         self.changed.wake()
 

@@ -1,12 +1,15 @@
 """The result object: the same from `/run`, `/status`, the SDK and `--json` (docs/api.md).
 
-Plain data, which msgspec encodes. What is not known yet, or cannot be measured on this host, is None.
+Plain data, which msgspec encodes; `isolation` is JSON already. What is not known yet, or cannot be measured on this
+host, is None.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from sandrun.model import LimitHit, Outcome, OutputFile, Status
 
@@ -83,6 +86,6 @@ class JobResult:
     execution_metadata: ExecutionMetadata
     output_files: list[OutputFile] = field(default_factory=list)
     outputs_omitted: int = 0
-    isolation: dict[str, Any] = field(default_factory=dict)
+    isolation: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
     violations: list[dict[str, Any]] | None = None
     failure: Failure | None = None

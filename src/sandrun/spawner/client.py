@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import json
 import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from sandrun.errors import Overloaded, ProtocolError, SetupError
 from sandrun.model import LimitHit, Limits, Outcome, Usage
@@ -61,14 +62,18 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """What became of a job. `isolation` is {"inside": measured in the sandbox, "host": measured from outside}."""
+    """What became of a job.
+
+    Attributes:
+        isolation: JSON, {"inside": measured in the sandbox, "host": measured from outside, "digest": SHA-256}, or b"".
+    """
 
     outcome: Outcome
     exit_code: int | None = None
     signal: int | None = None
     usage: Usage = field(default_factory=Usage)
     limits_hit: tuple[LimitHit, ...] = ()
-    isolation: dict[str, Any] = field(default_factory=dict)
+    isolation: bytes = b""
     failed: dict[str, Any] | None = None
 
 
@@ -259,6 +264,9 @@ class SpawnerClient:
             raise ProtocolError(f"unknown message {kind!r}")
 
 
+_report = msgspec.json.Decoder(msgspec.Raw)  # is it JSON? As objects it would take five times as much memory
+
+
 def _translate(ended: protocol.Ended) -> Ended:
     outcome = Outcome(protocol.OUTCOMES[ended.outcome])
     hits = []
@@ -267,16 +275,17 @@ def _translate(ended: protocol.Ended) -> Ended:
     if ended.hits & messages.HIT_STORAGE:
         hits.append(LimitHit.STORAGE)
     failed = None
-    isolation: dict[str, Any] = {}
+    isolation = b""
     if outcome is Outcome.SETUP_FAILED:
         step, number, details = messages.read_failure(ended.inside)
         failed = {"step": step, "errno": number, "details": details}
     elif ended.inside and ended.host:
-        isolation = {
-            "inside": json.loads(ended.inside),
-            "host": json.loads(ended.host),
-            "digest": hashlib.sha256(ended.host + b"\0" + ended.inside).hexdigest(),
-        }
+        for part in (ended.inside, ended.host):  # each by itself, so that neither can pass for more than it is
+            if not part.isascii():
+                raise ProtocolError("an isolation report that is no ASCII")
+            _report.decode(part)
+        digest = hashlib.sha256(ended.host + b"\0" + ended.inside).hexdigest().encode()
+        isolation = b'{"inside":%b,"host":%b,"digest":"%b"}' % (ended.inside, ended.host, digest)
     return Ended(
         outcome=outcome,
         exit_code=None if ended.exit_code == protocol.UNKNOWN else ended.exit_code,
