@@ -51,6 +51,8 @@ class Call:
 def tracing(pids: list[int], events: tuple[str, ...] = EVENTS) -> Iterator[Path]:
     """Record what these processes and their children do. Yields: the folder; `trace` in it has what was recorded."""
     folder = TRACING / "instances/sandrun-bench"
+    if not folder.parent.is_dir():
+        raise SystemExit(f"bench: {TRACING} is not there: mount -t tracefs tracefs {TRACING}")
     folder.mkdir(exist_ok=True)
     try:
         (folder / "trace_clock").write_text("mono")
