@@ -23,7 +23,7 @@ ROWS = (
     Row("cpu", "cost", "CPU time of a hello job over HTTP, all processes and the kernel", "CPU-ms", 5.0, goal=4.0),
     Row("cpu-processes", "cost", "the same by the times of the server's own processes and sandboxes", "CPU-ms"),
     Row("cpu-ratio", "cost", "the same beside the bare interpreter", "× bare"),
-    Row("server-memory", "memory", "supervisor, api, spawner, zygote and parked sandboxes, Pss", "MiB", 150),
+    Row("server-memory", "memory", "supervisor, api, spawner and zygote, Pss", "MiB", 150),
     Row("parked", "parked", "a parked sandbox, by MemAvailable", "MiB", 2.5, goal=2.0),
     Row("upload", "uploads", "90 MB: hashing and writing to a memfd ÷ POST /submit", "×", 0.6, AT_LEAST),
     Row("unpack", "uploads", "the same unpacked inside ÷ tar xzf into tmpfs", "×", 1.3),

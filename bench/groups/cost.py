@@ -83,7 +83,7 @@ def _server_ms(parts: dict[str, list[int]]) -> dict[str, float]:
 
 
 def memory(context: Context) -> Outcome:
-    """All processes of an idle server that has run jobs."""
+    """An idle server that has run jobs. Pages that zygote and sandboxes share count for each in part."""
     outcome = Outcome()
     with server.running(own_bounds=True) as ours:
         connection = ours.connection()
@@ -94,8 +94,8 @@ def memory(context: Context) -> Outcome:
         pss = {part: processes.pss_bytes(pids) / MIB for part, pids in parts.items()}
         outcome.put(
             "server-memory",
-            sum(pss.values()),
-            f"with {ours.sandboxes()} parked sandboxes",
+            sum(value for part, value in pss.items() if part != "sandbox"),
+            f"and {pss.get('sandbox', 0):.0f} MiB of {ours.sandboxes()} parked sandboxes",
             {f"{part}_mib": round(value, 1) for part, value in pss.items()},
         )
     return outcome

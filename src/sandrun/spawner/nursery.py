@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import io
 import json
+import marshal
 import os
 import resource
 import signal
@@ -89,12 +91,26 @@ def make_archive(overrides: Mapping[str, bytes] | None = None) -> int:
     """The modules of a zygote as a zip in a sealed memory file. `overrides` replaces modules: a test's broken wall."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("sitecustomize.py", SITECUSTOMIZE)
+        _put(archive, "sitecustomize", SITECUSTOMIZE)
         for name in MODULES:
             with open(os.path.join(PACKAGE, f"{name}.py"), "rb") as file:
                 source = file.read()
-            archive.writestr(f"sandrun/{name}.py", (overrides or {}).get(name, source))
+            _put(archive, f"sandrun/{name}", (overrides or {}).get(name, source))
     return sealed(buffer.getvalue(), "code")
+
+
+def _put(archive: zipfile.ZipFile, name: str, source: bytes) -> None:
+    """A module, compiled too: to compile it leaves the zygote with a heap full of holes, which every sandbox copies.
+
+    An interpreter of another version than ours takes the source. PEP 552: by its hash, unchecked.
+    """
+    archive.writestr(f"{name}.py", source)
+    try:
+        code = compile(source, f"{name}.py", "exec", dont_inherit=True)
+    except SyntaxError:
+        return  # the zygote says so
+    head = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + importlib.util.source_hash(source)
+    archive.writestr(f"{name}.pyc", head + marshal.dumps(code))
 
 
 def sealed(data: bytes, name: str) -> int:
