@@ -42,8 +42,9 @@ def stopping(job: Held) -> Callable[[bool], None]:
 
     def pause(paused: bool) -> None:
         if paused:
+            stopped.clear()  # their numbers may be others' by now
             with contextlib.suppress(AssertionError):  # the job is gone
-                stopped[:] = job.processes()
+                stopped.extend(job.processes())
         for one in stopped:  # to look for them again would take longer than the pause
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGSTOP if paused else signal.SIGCONT)

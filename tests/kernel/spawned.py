@@ -255,6 +255,18 @@ def without(module: str, *removed: str | tuple[str, str]) -> dict[str, bytes]:
     return {module: text.encode()}
 
 
+def hear_late(kind: type, name: str, seconds: float) -> None:
+    """In the spawner's process: have this handler of a pidfd (a sandbox's, or a zygote's) called so much later."""
+    hear = getattr(kind, name)
+
+    def heard(self: Any) -> None:
+        holder = getattr(self, "zygote", self)
+        self.server.loop.unwatch(holder.pidfd)
+        self.server.loop.after(seconds, lambda: hear(self))
+
+    setattr(kind, name, heard)
+
+
 def spoilt(table: str, step: str, *, from_sandbox: int = 0) -> dict[str, bytes]:
     """`sandbox.steps` with one step of one of its tables refused, from the zygote's n-th sandbox on."""
     text = f"""{source("sandbox/steps")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import mmap
 import os
@@ -10,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +19,7 @@ from sandrun.model import Outcome
 from sandrun.spawner import box, nursery, protocol, server, tenant
 from sandrun.spawner.selftest import TICKETS
 from tests import host, serving
-from tests.kernel.spawned import SAY, default_waived, source, spawned, without
+from tests.kernel.spawned import SAY, default_waived, hear_late, source, spawned, without
 from tests.kernel.test_steps import build_on_demand, refused
 
 ROOT = pytest.mark.root
@@ -339,24 +339,35 @@ async def test_spawner_ends_with_its_api(tmp_path: Path) -> None:
         assert (await running).ended.outcome is Outcome.WORKER_LOST
 
 
+@ROOT
+@pytest.mark.requirement(21, 34)
+async def test_cancelled_job_that_cannot_be_thawed_is_killed_and_no_other(tmp_path: Path) -> None:
+    """What the kernel refuses one sandbox, descriptors used up for example, ends that one."""
+
+    def refuse(self: cgroup.Cgroup, frozen: bool) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def patch() -> None:
+        cgroup.Cgroup.freeze = refuse  # type: ignore[method-assign]
+        cgroup.Cgroup.kill = lambda self, timeout=2.0: None  # type: ignore[method-assign]  # pure v1's freezes too
+
+    async with spawned(tmp_path, patch=patch) as one:
+        await one.client.ready()
+        running = asyncio.create_task(one.run(SAY))
+        await one.wait_for("begun")
+        one.client.send(protocol.encode_cancel(one.client._ticket))
+        done = await asyncio.wait_for(running, 5)
+        assert (done.ended.outcome, done.stdout) == (Outcome.CANCELLED, "begun\n")
+        assert (await one.run()).stdout == "hello\n"
+
+
 @pytest.mark.requirement(34)
 async def test_no_job_is_given_to_a_sandbox_whose_zygote_is_dead(tmp_path: Path) -> None:
     """However late the spawner hears of the deaths."""
 
-    def late(kind: type, name: str) -> None:
-        hear = getattr(kind, name)
-
-        def heard(self: Any) -> None:
-            zygote = getattr(self, "zygote", None)
-            loop = self.server.loop
-            loop.unwatch(self.pidfd if zygote is None else zygote.pidfd)
-            loop.after(0.5, lambda: hear(self))
-
-        setattr(kind, name, heard)
-
     def patch() -> None:
-        late(box.Box, "on_pidfd")
-        late(tenant.Tenant, "_on_zygote_death")
+        hear_late(box.Box, "on_pidfd", 0.5)
+        hear_late(tenant.Tenant, "_on_zygote_death", 0.5)
 
     async with spawned(tmp_path, patch=patch) as one:
         await one.client.ready()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
 import mmap
 import os
 import signal
@@ -22,7 +23,7 @@ from sandrun.sandbox import messages, policy, report, rootfs
 from sandrun.sandbox.steps import COLLECTOR_STEPS, INIT_STEPS, JOB_STEPS
 from sandrun.spawner import box, nursery, protocol, tenant
 from tests import host, serving
-from tests.kernel.spawned import ERRNO, SAY, Done, Spawned, default_waived, spawned, spoilt, without
+from tests.kernel.spawned import ERRNO, SAY, Done, Spawned, default_waived, hear_late, spawned, spoilt, without
 
 STEPS = [("INIT_STEPS", name) for name, _ in INIT_STEPS] + [("JOB_STEPS", name) for name, _ in JOB_STEPS]
 ROOT = pytest.mark.root
@@ -349,29 +350,34 @@ async def test_zygote_that_never_says_a_word_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.requirement(34)
-@pytest.mark.parametrize("late", [0, 1.0], ids=["at once", "when the next zygote is there"])
+@pytest.mark.parametrize("heard", ["at once", "sandbox last", "sandbox first"])
 async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_the_next(
-    late: float, tmp_path: Path
+    heard: str, tmp_path: Path
 ) -> None:
-    """Nothing of it had begun, so nothing is lost, whenever the spawner hears that the sandbox is dead too."""
+    """Nothing of it had begun, so nothing is lost, in whatever order the spawner hears of the two deaths."""
     slow = without("sandbox/steps", ("    os.setsid()\n\n\ndef offer_to_oom", "    _sleep()\n\n\ndef offer_to_oom"))
     text = slow["sandbox/steps"].decode() + "\ndef _sleep():\n    import time\n    os.setsid()\n    time.sleep(0.3)\n"
 
     def patch() -> None:
         build_on_demand()
-        if late:
-            hear = box.Box.on_pidfd
+        if heard == "sandbox last":
+            hear_late(box.Box, "on_pidfd", 1.0)
+        if heard == "sandbox first":  # while another that was just forked holds the zygote's socket open
+            hear_late(tenant.Tenant, "_on_zygote_death", 0.5)
+            good = protocol.pair
 
-            def on_pidfd(self: box.Box) -> None:
-                self.server.loop.unwatch(self.pidfd)
-                self.server.loop.after(late, lambda: hear(self))
+            def pair() -> tuple[Any, Any]:
+                ours, theirs = good()
+                os.dup(theirs.fileno())  # for good
+                protocol.pair = good
+                return ours, theirs
 
-            box.Box.on_pidfd = on_pidfd  # type: ignore[method-assign]
+            protocol.pair = pair
 
     async with spawned(tmp_path, {"sandbox/steps": text.encode()}, patch=patch) as one:
         await one.client.ready()
         job = asyncio.create_task(one.run())
-        while not one.sandboxes():  # it is being built
+        while len(one.sandboxes()) < 2:  # it is being built, and the spawner has been told of it
             await asyncio.sleep(0.01)
         (zygote,) = [p for p in host.descendants(one.pid) if p.parent == one.pid]
         os.kill(zygote.pid, signal.SIGKILL)
@@ -379,6 +385,16 @@ async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_th
         assert (done.ended.outcome, done.stdout) == (Outcome.EXITED, "hello\n"), done
         await assert_nothing_grows(one)
     assert "starting another" in one.text()
+
+
+@pytest.mark.requirement(31)
+async def test_job_that_is_over_before_init_looks_has_its_outputs_collected(tmp_path: Path) -> None:
+    """On a busy machine the other process of a new sandbox may have done all before init gets a core."""
+    slow = without("sandbox/init", ('step = "supervise"', 'step = "supervise"; time.sleep(0.7)'))
+    async with spawned(tmp_path, slow, patch=build_on_demand) as one:
+        await one.client.ready()
+        done = await one.run("open('output', 'w').write('x')")
+        assert (done.outputs, done.complete) == ({"output": b"x"}, True)
 
 
 @pytest.mark.requirement(34)
@@ -470,6 +486,27 @@ async def test_missing_seccomp_library_is_named_with_its_fix(tmp_path: Path) -> 
         error = await refused(one)
     assert error.step == "seccomp"
     assert "libseccomp2" in error.details
+
+
+async def test_kernel_without_filters_is_named_with_its_fix(tmp_path: Path) -> None:
+    def patch() -> None:
+        seccomp.probe = refuse
+
+    async with spawned(tmp_path, patch=patch) as one:
+        error = await refused(one)
+    assert error.step == "seccomp"
+    assert "CONFIG_SECCOMP_FILTER" in error.details
+
+
+async def test_zygote_of_another_python_takes_the_modules_as_source(tmp_path: Path) -> None:
+    """A root file system may bring one whose compiled code is of another kind than ours."""
+
+    def patch() -> None:
+        setattr(importlib.util, "MAGIC_NUMBER", b"\x00\x00\r\n")  # noqa: B010  it is Final
+
+    async with spawned(tmp_path, patch=patch) as one:
+        await one.client.ready()
+        assert (await one.run()).stdout == "hello\n"
 
 
 async def test_waived_seccomp_needs_no_library(tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ from tests.service.api_server import Listening, listening
 from tests.service.spawner_double import SandboxDouble, SpawnerDouble
 from tests.serving import tarball
 
+NO_JOB = "0" * 32
+GOOD = tarball({"main.py": "x"})
+MANIFEST = b'{"entrypoint": "main.py"}'
+
 
 @dataclass
 class World:
@@ -102,3 +106,19 @@ async def world(
         service.close()
         spawner.close()
         context.threads.close()
+
+
+async def parse_events(lines: AsyncIterator[str], most: int) -> list[tuple[str, Any]]:
+    """The next server-sent events, at most `most`: name and data."""
+    events: list[tuple[str, Any]] = []
+    name = "message"
+    async for line in lines:
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            events.append((name, json.loads(value)))
+            name = "message"
+            if len(events) == most:
+                break
+    return events

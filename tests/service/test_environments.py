@@ -318,6 +318,7 @@ def test_program_does_in_place_what_it_does_in_an_interpreter_of_its_own(name: s
         job = Inside(kind, api).run(PROGRAMS[name], files=MORE.get(name, {}), environment="data", timeout=60)
         assert job["limits_hit"] == []
         files = {file["path"]: file["sha256"] for file in job["output_files"]}
+        assert job["outputs_omitted"] == 0
         ran.append((job["outcome"], job["exit_code"], job["signal"], job["stdout"], readable(job["stderr"]), files))
     assert ran[0] == ran[1]
 

@@ -38,6 +38,16 @@ async def ends() -> AsyncIterator[tuple[SpawnerClient, socket.socket]]:
     theirs.close()
 
 
+BAD_REPORTS = {
+    "report cut short": (b"{}", b'{"uid":['),
+    "report that goes on": (b"{}", b'{}},"host":{"waived":[]'),
+    "host's that goes on": (b'{}},"inside":{', b"{}"),
+    "report that is no object": (b"{}", b"1"),
+    "report that is no ASCII": (b"{}", b'{"uid":"\xff"}'),
+}
+"""Host's and inside, of a job that has the ticket 1."""
+
+
 def start(client: SpawnerClient) -> Sandbox:
     archive = sealed("archive", b"")
     try:
@@ -82,8 +92,9 @@ async def test_jobs_of_a_spawner_that_dies_are_lost(ends: tuple[SpawnerClient, s
         (protocol.encode_started(1) + b"x", 0),
         (protocol.ENDED, 0),
         (protocol.encode_cancel(1), 0),
+        *((protocol.Ended(1, 0, 0, 0, 0, 1, 1, 1, 1, *reports).encode(), 0) for reports in BAD_REPORTS.values()),
     ],
-    ids=["unknown", "stray descriptor", "long", "short", "api's own"],
+    ids=["unknown", "stray descriptor", "long", "short", "api's own", *BAD_REPORTS],
 )
 async def test_spawner_that_breaks_the_table_is_lost(
     message: bytes, descriptors: int, ends: tuple[SpawnerClient, socket.socket]

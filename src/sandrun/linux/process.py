@@ -107,6 +107,18 @@ def _find_areas() -> tuple[int, int, int, int] | None:
 _areas = _find_areas()
 
 
+PF_EXITING = 0x00000004  # <linux/sched.h>, set before anything of the process is taken apart
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether a process has begun to die, however long the kernel takes; proc_pid_stat(5), field 9.
+
+    Raises: FileNotFoundError if there is none.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return bool(int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING)
+
+
 def set_title(title: str) -> None:
     """Have /proc/self/cmdline, and so ps(1), read `title`. It replaces argv's strings; what does not fit is cut.
 

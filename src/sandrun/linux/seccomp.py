@@ -23,6 +23,9 @@ USER_NOTIF = 0x7FC00000
 LOG = 0x7FFC0000
 ALLOW = 0x7FFF0000
 
+LIBRARY_FIX = "apt-get install libseccomp2"
+KERNEL_FIX = "use a kernel with CONFIG_SECCOMP_FILTER=y"
+
 MODE_DISABLED, MODE_STRICT, MODE_FILTER = 0, 1, 2
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[MACHINE]  # <linux/audit.h>

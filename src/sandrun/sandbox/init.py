@@ -115,6 +115,8 @@ def _wait(control: socket.socket, pid: int, wake: int, assignment: Assignment) -
                 _kill_all()
                 poll.unregister(control)
         status = _reap(pid)
+    if assignment.wishes < 0 and control.fileno() in dict(poll.poll(0)):
+        assignment.take(control)  # the job was over before we looked for the first time
     while True:
         _kill_all()  # before the last wait: a process may have been forked since the one before
         try:

@@ -308,9 +308,9 @@ class Box:
         self.reason = reason
         self._stop_timers()
         self.timer = self.server.loop.after(END_SECONDS, self.kill)
-        if self.cgroup is not None:
-            self.cgroup.freeze(False)  # who has frozen the job from outside has frozen init with it
         try:
+            if self.cgroup is not None:
+                self.cgroup.freeze(False)  # who has frozen the job from outside has frozen init with it
             self.control.send(messages.END)
         except OSError:
             self.kill()

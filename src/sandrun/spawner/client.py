@@ -246,10 +246,11 @@ class SpawnerClient:
             if sandbox is not None and sandbox.on_activity is not None:
                 sandbox.on_activity(active)
         elif kind == protocol.ENDED:
-            ended = protocol.Ended.decode(message)
-            sandbox = self._sandboxes.pop(ended.ticket, None)
+            told = protocol.Ended.decode(message)
+            ended = _translate(told)  # what it refuses ends the spawner's jobs, this one among them
+            sandbox = self._sandboxes.pop(told.ticket, None)
             if sandbox is not None:
-                sandbox.finish(_translate(ended))
+                sandbox.finish(ended)
         elif kind == protocol.UNFIT:
             step, number, details = messages.read_failure(message[1:])
             if not self._facts.done():
@@ -264,7 +265,7 @@ class SpawnerClient:
             raise ProtocolError(f"unknown message {kind!r}")
 
 
-_report = msgspec.json.Decoder(msgspec.Raw)  # is it JSON? As objects it would take five times as much memory
+_json = msgspec.json.Decoder(msgspec.Raw)  # checks, and makes nothing of it: objects take five times the memory
 
 
 def _translate(ended: protocol.Ended) -> Ended:
@@ -281,9 +282,9 @@ def _translate(ended: protocol.Ended) -> Ended:
         failed = {"step": step, "errno": number, "details": details}
     elif ended.inside and ended.host:
         for part in (ended.inside, ended.host):  # each by itself, so that neither can pass for more than it is
-            if not part.isascii():
-                raise ProtocolError("an isolation report that is no ASCII")
-            _report.decode(part)
+            if not part.isascii() or not part.startswith(b"{"):
+                raise ProtocolError("an isolation report that is no JSON object in ASCII")
+            _json.decode(part)
         digest = hashlib.sha256(ended.host + b"\0" + ended.inside).hexdigest().encode()
         isolation = b'{"inside":%b,"host":%b,"digest":"%b"}' % (ended.inside, ended.host, digest)
     return Ended(

@@ -101,11 +101,13 @@ def _swap() -> Finding:
 
 
 def _seccomp() -> Finding:
+    fix = seccomp.KERNEL_FIX
     try:
         seccomp.probe()
+        fix = seccomp.LIBRARY_FIX
         return Finding("seccomp", True, f"libseccomp {seccomp.library_version()}", "")
     except OSError as error:
-        return Finding("seccomp", False, str(error), "apt-get install libseccomp2")
+        return Finding("seccomp", False, str(error), fix)
 
 
 def _landlock() -> Finding:

@@ -126,8 +126,12 @@ class Tenant:
             os.waitpid(self.zygote.pid, 0)
 
     def zygote_is_gone(self) -> bool:
-        """Dead, or about to be: its end of the socket is closed before its sandboxes die, and those before its pidfd
+        """Dead, or about to be: it is past its last instruction before its sandboxes die, and those before its pidfd
         tells."""
+        return self._zygote_has_closed() or self.zygote is None or process.is_exiting(self.zygote.pid)
+
+    def _zygote_has_closed(self) -> bool:
+        """The same, but for the moment in which a sandbox that it had just forked still holds a copy of its socket."""
         if self.zygote is None:
             return True
         try:
@@ -270,7 +274,7 @@ class Tenant:
 
     def _match(self) -> None:
         """Bring waiting jobs and parked sandboxes together; build for those that are left."""
-        if self.queue and self.zygote_is_gone():
+        if self.queue and self._zygote_has_closed():
             return  # nothing is given to those that die with it: the next one's are
         while self.queue:
             waiting = next(iter(self.queue.values()))

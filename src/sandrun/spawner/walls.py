@@ -32,19 +32,11 @@ class Walls:
         self.swap_closed = cgroups.swap_closed()
         self.filter: dict[str, Any] = {}
         self.job_filter = self.init_filter = b""
-        jobs = policy.job_policy()
         try:
-            seccomp.probe()
-            self.job_filter, self.init_filter = jobs.compile(), policy.init_policy().compile()
-        except OSError as error:
+            self._compile_filters()
+        except MissingLayer:
             if "seccomp" not in waived:
-                raise MissingLayer("seccomp", str(error), "Fix: apt-get install libseccomp2") from error
-        else:
-            self.filter = {
-                "digest": jobs.digest,
-                "calls": jobs.count,
-                "instructions": len(self.job_filter) // 8,  # sizeof(struct sock_filter)
-            }
+                raise
         self.landlock = landlock.abi()
         self.namespaces = 0
         for name, flag in report.NAMESPACE_FLAGS.items():
@@ -58,6 +50,23 @@ class Walls:
             self.uid_base = ids.choose_base(uid_base, 1 + environments) + ids.BLOCK  # the first block is api's
         self.core_limit = 1 if _cores_are_piped() else 0
         self.missing = self._missing(cgroups)
+
+    def _compile_filters(self) -> None:
+        try:
+            seccomp.probe()
+        except OSError as error:
+            details = f"this kernel has no filters: {error}"
+            raise MissingLayer("seccomp", details, f"Fix: {seccomp.KERNEL_FIX}") from error
+        jobs = policy.job_policy()
+        try:
+            self.job_filter, self.init_filter = jobs.compile(), policy.init_policy().compile()
+        except OSError as error:
+            raise MissingLayer("seccomp", str(error), f"Fix: {seccomp.LIBRARY_FIX}") from error
+        self.filter = {
+            "digest": jobs.digest,
+            "calls": jobs.count,
+            "instructions": len(self.job_filter) // 8,  # sizeof(struct sock_filter)
+        }
 
     def _missing(self, cgroups: cgroup.Cgroups) -> list[str]:
         """The waived layers that do not stand: what was waived and can be had stands all the same."""
