@@ -293,6 +293,39 @@ def test_jobs_in_any_stage_are_run_or_lost_and_never_blamed(part: str, start_ser
     assert heard <= {"exited", "worker_lost", "503"}
 
 
+def kill_zygotes(server: Server, over: Callable[[set[host.Process]], bool]) -> None:
+    """Each one as soon as it is there, until `over` says so of those that were."""
+    killed: set[host.Process] = set()
+
+    def killed_enough() -> bool:
+        with contextlib.suppress(AssertionError, ProcessLookupError):
+            zygote = server.part("zygote")
+            if zygote not in killed:
+                os.kill(zygote.pid, signal.SIGKILL)
+                killed.add(zygote)
+        return over(killed)
+
+    assert serving.wait_until(killed_enough, AGAIN_SECONDS, 0.001), server.tail()
+
+
+def test_zygote_killed_while_it_starts_is_replaced(crash: Scene) -> None:
+    """Nothing is wrong with the host: no environment is withdrawn for it, and the spawner goes on."""
+    spawner = crash.server.part("spawner")
+    kill_zygotes(crash.server, lambda killed: len(killed) == 3)
+    crash.assert_nothing_left()
+    assert crash.serves_again()
+    assert crash.server.part("spawner") == spawner
+
+
+def test_zygotes_that_die_again_and_again_are_a_case_for_another_spawner(crash: Scene) -> None:
+    """No server stays up that can run nothing: the spawner ends, the next looks at the host anew."""
+    spawner, api = crash.server.part("spawner"), crash.server.part("api")
+    kill_zygotes(crash.server, lambda _: not spawner.alive)
+    crash.assert_nothing_left()
+    assert crash.serves_again()
+    assert crash.server.part("api") == api
+
+
 # ---- the server dies ---------------------------------------------------------------------------------------
 
 

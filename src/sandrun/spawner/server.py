@@ -37,6 +37,8 @@ ACTIVITY_SECONDS = 0.2
 END_SECONDS = 5.0
 """How long sandboxes may take to die when api is gone. Their zygotes' end is theirs in any case."""
 SEND_AGAIN_SECONDS = 0.002
+EX_TEMPFAIL = 75
+"""sysexits.h: another spawner may have better luck."""
 FIRST_SLOT, SLOTS = 1, 16384
 MOST_AT_ONCE = SLOTS // 2
 
@@ -64,6 +66,7 @@ class Server:
 
     Attributes:
         boxes: sandboxes by slot. tickets: those that have a job, by its ticket. free: slots, a heap.
+        serving: api was told the FACTS.
     """
 
     walls: Walls
@@ -77,6 +80,7 @@ class Server:
         self.tickets: dict[int, Box] = {}
         self.free = list(range(FIRST_SLOT, SLOTS))
         self.tenants: list[Tenant] = []
+        self.serving = False
         self.stopping = False
         self.cores = len(os.sched_getaffinity(0))
         self.ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -96,8 +100,11 @@ class Server:
 
     # ---- start and stop ------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Prepare, tell api the FACTS, and serve. Raises: MissingLayer, SetupError if the host is not fit."""
+    def run(self) -> int:
+        """Prepare, tell api the FACTS, and serve. Returns: the exit status.
+
+        Raises: MissingLayer, SetupError if the host is not fit.
+        """
         with cgroup.Cgroups.create(self.settings.waived) as cgroups:
             cgroups.remove_leftovers()
             self._prepare(cgroups)
@@ -108,12 +115,14 @@ class Server:
             self.tests.run()
             self._insist()
             self._send(protocol.encode_facts(protocol.FACTS, self._facts()))
+            self.serving = True
             self.connection.setblocking(False)
             self.loop.watch(self.connection.fileno(), self._on_api)
             self._look_at_activity()
             while not self.stopping:
                 self.loop.turn()
             self._end_all()
+            return EX_TEMPFAIL if self.tenants[0].withdrawn else 0
 
     def _prepare(self, cgroups: cgroup.Cgroups) -> None:
         settings = self.settings
@@ -144,6 +153,11 @@ class Server:
             self.tenants.append(Tenant(self, recipe, group, environment))
         for tenant in self.tenants:
             tenant.start_zygote()
+
+    def give_up(self) -> None:
+        """The bare interpreter is withdrawn. While serving, the supervisor starts another spawner, which looks at the
+        host anew; before, `run` says why it refuses."""
+        self.stopping = self.stopping or self.serving
 
     def _insist(self) -> None:
         """Raises: SetupError if the bare interpreter has no sandbox: then nothing has."""
@@ -274,7 +288,7 @@ def run(connection: socket.socket, settings: Settings) -> int:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a sandbox takes seven
     try:
-        Server(connection, settings).run()
+        return Server(connection, settings).run()
     except SandrunError as error:
         step, number, text = "spawner", 0, str(error)
         if isinstance(error, SetupError):
@@ -285,4 +299,3 @@ def run(connection: socket.socket, settings: Settings) -> int:
         connection.setblocking(True)
         protocol.send(connection, protocol.UNFIT + failure[: protocol.FACTS_BYTES - 1])
         return 1
-    return 0

@@ -221,9 +221,11 @@ class Tenant:
             return
         now = time.monotonic()
         self._deaths = [when for when in self._deaths if when > now - RESTART_SECONDS] + [now]
-        if not was_warm:
-            failure = str(self.facts.pop("failure", ""))
-            self._withdraw(failure or f"zygote\0000\0it died with status {status} while starting")
+        failure = str(self.facts.pop("failure", "")) if not was_warm else ""
+        if failure:
+            self._withdraw(failure)
+        elif not self.namespaces:  # none of this environment's was ever warm
+            self._withdraw(f"zygote\0000\0it died with status {status} while starting")
         elif len(self._deaths) > RESTARTS:
             self._withdraw(f"zygote\0000\0it died {len(self._deaths)} times in {RESTART_SECONDS:.0f} s")
         else:
@@ -236,6 +238,8 @@ class Tenant:
         self.server.log(f"environment {self.title} is withdrawn: {step}: {details}")
         while self.queue:
             self._fail_oldest(failure.encode())
+        if not self.name:
+            self.server.give_up()
 
     # ---- jobs and sandboxes --------------------------------------------------------------------------------
 
