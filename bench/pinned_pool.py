@@ -33,7 +33,7 @@ def pin(path: str) -> None:
         if self._refill_timer is None:
             self._refill_timer = self.server.loop.after(LOOK_SECONDS, self._refill)
 
-    for name, function in (("_refill", refill), ("_refill_soon", refill_soon)):
+    for name, function in (("_refill", refill), ("refill_soon", refill_soon)):
         assert hasattr(tenant.Tenant, name)
         setattr(tenant.Tenant, name, function)
 

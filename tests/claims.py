@@ -53,6 +53,17 @@ def verdicts() -> dict[tuple[str, str], set[str]]:
     return found
 
 
+def passed() -> dict[str, set[tuple[str, str]]]:
+    """Of each tier the tests that passed: file, and name with parameters."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for name in tiers.TIERS:
+        report = tiers.RESULTS / f"{name}.xml"
+        cases = ET.parse(report).getroot().iter("testcase") if report.exists() else ()
+        good = [case for case in cases if not {child.tag for child in case} & {"failure", "error", "skipped"}]
+        found[name] = {(case.get("file", ""), case.get("name", "")) for case in good}
+    return found
+
+
 def missing(path: str, name: str) -> str:
     """What is wrong with `path:name`, or nothing."""
     file = ROOT / path
@@ -63,6 +74,22 @@ def missing(path: str, name: str) -> str:
     if not all(re.search(rf"(?<!\w){word}(?!\w)", text) for word in words):
         return f"{path} has no {name}"
     return ""
+
+
+def ways(ran: dict[str, set[tuple[str, str]]]) -> tuple[list[str], int]:
+    """Whether each probe of the escape tier ran in all ways in which a job can begin.
+
+    In a parked sandbox (tier escape) and in a cold one (tier cold); and those that ask for it both in the warm
+    interpreter and in one that was exec'ed. Not those that look at one of these ways alone.
+    `ran`: of each tier the tests that passed, as file and name with parameters. Returns: problems, and how many probes.
+    """
+    parked, cold = ran.get("escape", set()), ran.get("cold", set())
+    problems = [f"{file}::{name} passed in a parked sandbox alone" for file, name in sorted(parked - cold)]
+    problems += [f"{file}::{name} passed in a cold sandbox alone" for file, name in sorted(cold - parked)]
+    for file, name in sorted(parked):
+        if (file, name.replace("in-place", "fresh-interpreter")) not in parked:
+            problems.append(f"{file}::{name} passed in place alone")
+    return problems, len(parked)
 
 
 def check_run() -> list[str]:
@@ -107,6 +134,8 @@ def check_claims(text: str, outcomes: dict[tuple[str, str], set[str]]) -> tuple[
 
 def main() -> int:
     problems = check_run()
+    more, probes = ways(passed())
+    problems += more
     if not DOCUMENT.exists():
         problems.append(f"there is no {DOCUMENT.relative_to(ROOT)}")
     else:
@@ -114,6 +143,7 @@ def main() -> int:
         problems += more
         if not problems:
             print(f"check: {count} claims over {len(IN_SCOPE)} requirements, each enforced, attacked, and held")
+            print(f"check: {probes} probes ran in parked and in cold sandboxes, in warm and exec'ed interpreters")
     for problem in problems:
         print(f"check: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ import httpx2
 from tests import host
 
 SANDRUN = Path(sys.executable).parent / "sandrun"
+FLAGS = "TEST_SERVER_FLAGS"
+"""Environment variable: a tier's flags for every server that its tests start; a test's own come later and hold."""
 START_SECONDS = 40.0  # user-mode Linux on a busy machine is slow
 STOP_SECONDS = 45.0
 GONE_SECONDS = 2.0  # requirement 34
@@ -150,7 +153,8 @@ def start(directory: Path, *flags: str, env: Mapping[str, str] | None = None, wa
     port = free_port()
     log = directory / f"server-{port}.log"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SANDRUN_")}
-    command = [str(SANDRUN), "serve", "--port", str(port), *(default_flags() if waive else []), *flags]
+    tiers = shlex.split(os.environ.get(FLAGS, ""))
+    command = [str(SANDRUN), "serve", "--port", str(port), *(default_flags() if waive else []), *tiers, *flags]
     if "--client-running-share" not in flags:  # all tests are one client, and a small machine has few places
         command += ["--client-running-share", "1"]
     if "--state-dir" not in flags:

@@ -1,7 +1,7 @@
 """Runs the tests in tiers, each in the surroundings that it is for, and closes with one summary.
 
     ./scripts/test                  all tiers
-    ./scripts/test TIER [ARGS]      one: unit kernel service escape bench user vm; ARGS go to pytest
+    ./scripts/test TIER [ARGS]      one: unit kernel service escape cold bench user vm; ARGS go to pytest
     ./scripts/test mutations        takes each protection away and sees its tests fail (tests/mutations.py)
 
 Each tier's report lies in .test-results/TIER.xml; ./scripts/check reads them. A tier that this host cannot run at all
@@ -33,7 +33,7 @@ from sandrun.linux import process
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import host, packages  # noqa: E402
+from tests import host, packages, serving  # noqa: E402
 
 RESULTS = ROOT / ".test-results"
 ALL_SECONDS = 25 * 60
@@ -213,12 +213,12 @@ beside: set[int] = set()
 """Its process."""
 
 
-def native(name: str) -> Tier:
-    """As root, on the cgroups that this host has."""
+def native(name: str, folder: str = "", **more: str) -> Tier:
+    """As root, on the cgroups that this host has. `more` is what its environment has beside the usual."""
 
     def tier(extra: list[str], seconds: float, output: int | None) -> int:
-        command = pytest(name, Path(sys.executable), RESULTS, [f"tests/{name}"], extra)
-        return run(command, seconds, env=environment(), output=output)
+        command = pytest(name, Path(sys.executable), RESULTS, [f"tests/{folder or name}"], extra)
+        return run(command, seconds, env=environment(**more), output=output)
 
     return tier
 
@@ -226,8 +226,8 @@ def native(name: str) -> Tier:
 DOUBLES = ("api_server", "api_world", "spawner_double")
 
 
-SAME_ON_EVERY_KERNEL = "tests/escape/test_confinement_python.py"
-"""What an interpreter does in place, in hundreds of cases: left out where the machine is slow."""
+SAME_ON_EVERY_KERNEL = ("tests/escape/test_confinement_python.py", "tests/service/test_environment_rebuilt.py")
+"""What an interpreter does in place, in hundreds of cases, and what pip builds: left out where the machine is slow."""
 
 
 def touching_the_kernel() -> list[str]:
@@ -292,7 +292,7 @@ def vm(extra: list[str], seconds: float, output: int | None) -> int:
         (tree / "tests/vm/requirements").write_text("\n".join(tools) + "\n")
         inside = [package for names in packages.PACKAGES.values() for package in names]
         wheels = [f"--wheels={name}" for name in [*project["project"]["dependencies"], *tools, *inside]]
-        left_out = [f"--ignore={SAME_ON_EVERY_KERNEL}", *extra]
+        left_out = [*(f"--ignore={path}" for path in SAME_ON_EVERY_KERNEL), *extra]
         inner = pytest("vm", Path("python"), Path("/out"), touching_the_kernel(), left_out)
         machine = [f"--mem={VM_MEMORY_MB}", f"--timeout={seconds:.0f}", f"--share={tree}", f"--out={out}", *wheels]
         command = [sys.executable, "tests/vm/run-in-vm", "--verbose", *machine, "--", "sh", "tests/vm/inside"]
@@ -312,6 +312,11 @@ TIERS: dict[str, tuple[Tier, str, float]] = {
     "kernel": (native("kernel"), "as root on this host's cgroups", 600),
     "service": (native("service"), "as root on this host's cgroups", 900),
     "escape": (native("escape"), "as root on this host's cgroups", 900),
+    "cold": (
+        native("cold", "escape", **{serving.FLAGS: "--parked-share 0"}),
+        "the escape tier with no sandbox parked: each is built when its job comes",
+        900,
+    ),
     "bench": (native("bench"), "as root on this host's cgroups", 240),
     "user": (user, "as an ordinary user with one uid and no cgroup", 900),
     "vm": (vm, "as root on cgroup v2 with systemd, in a machine booted for it", 1400),

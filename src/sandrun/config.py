@@ -171,6 +171,15 @@ class Config:
     memory_share: float = _setting(
         "jobs", "number", 0.6, "part of RAM that running jobs' limits may promise together", low=0.05, high=16
     )
+    parked_share: float = _setting(
+        "jobs",
+        "number",
+        0.05,
+        "part of RAM that the sandboxes of one environment may take that wait for jobs, 3 MiB each; 0 builds each when "
+        "its job comes",
+        low=0,
+        high=0.5,
+    )
     client_running_share: float = _setting(
         "jobs", "number", 0.25, "part of the running places that one client may hold, at least one", low=0.01, high=1
     )

@@ -183,6 +183,16 @@ def hold(environment: Environment) -> int:
     return descriptor
 
 
+def current(environment: Environment) -> Environment:
+    """What has this environment's name now, which is another if it was built again; itself if nothing usable has."""
+    base, name = os.path.split(environment.path)
+    try:
+        _check_owner(base)
+        return _read(base, name)
+    except (OSError, ConfigError):
+        return environment
+
+
 def digest(directory: str) -> str:
     """SHA-256, in hex, over all files and links below `directory` but `environment.json`.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests import serving
@@ -267,15 +269,19 @@ def share(pid: int) -> int:
 
 
 @pytest.mark.root
-def test_job_that_has_run_for_a_while_yields_to_one_that_starts(api: Api, running_server: serving.Server) -> None:
+def test_job_that_has_run_for_a_while_yields_to_one_that_starts(
+    start_server: Callable[..., serving.Server],
+) -> None:
     """If it uses the CPU; all such jobs have the same share."""
-    inside = Inside(IN_PLACE, api)
-    with held(inside, running_server, "while True: pass\n") as job:
-        if not share(job.process.pid):
-            pytest.skip("CPU time is not shared out between cgroups on this host")
-        assert serving.wait_until(lambda: share(job.process.pid) == 25, 5), share(job.process.pid)
-        parked = [members[0] for members in running_server.sandboxes() if job.process not in members]
-        assert {share(init.pid) for init in parked} == {100}
-    with held(inside, running_server, "time.sleep(1)\n") as job:
-        time.sleep(0.6)
-        assert share(job.process.pid) == 100
+    server = start_server("--parked-share", "0.05")
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        inside = Inside(IN_PLACE, Api(http))
+        with held(inside, server, "while True: pass\n") as job:
+            if not share(job.process.pid):
+                pytest.skip("CPU time is not shared out between cgroups on this host")
+            assert serving.wait_until(lambda: share(job.process.pid) == 25, 5), share(job.process.pid)
+            parked = [members[0] for members in server.sandboxes() if job.process not in members]
+            assert {share(init.pid) for init in parked} == {100}
+        with held(inside, server, "time.sleep(1)\n") as job:
+            time.sleep(0.6)
+            assert share(job.process.pid) == 100

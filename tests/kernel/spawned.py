@@ -197,6 +197,7 @@ async def spawned(
         uid_base=UID_BASE,
         interpreters=interpreters,
         environments=(),
+        parked_share=0.05,
         overrides=tuple((overrides or {}).items()),
     )
     ours, theirs = protocol.pair()

@@ -53,6 +53,24 @@ def test_table_without_the_three_columns_is_not_read():
     assert "requirement 7 has no row that holds" in problems(GOOD, RAN)
 
 
+PROBES = {("tests/escape/test_a.py", f"test_it[{kind}]") for kind in ("in-place", "fresh-interpreter", "compiled")}
+
+
+@pytest.mark.parametrize(
+    ("without", "tier", "says"),
+    [
+        ("compiled", "cold", "test_it[compiled] passed in a parked sandbox alone"),
+        ("compiled", "escape", "test_it[compiled] passed in a cold sandbox alone"),
+        ("fresh-interpreter", "escape", "test_it[in-place] passed in place alone"),
+    ],
+)
+def test_probe_that_did_not_run_in_all_ways_is_named(without, tier, says):
+    assert claims.ways({"escape": PROBES, "cold": PROBES}) == ([], 3)
+    fewer = {probe for probe in PROBES if without not in probe[1]}
+    found, _ = claims.ways({"escape": PROBES, "cold": PROBES, tier: fewer})
+    assert f"tests/escape/test_a.py::{says}" in found
+
+
 def test_every_mutation_fits_the_tree():
     found = mutations.load((mutations.ROOT / "tests/mutations.toml").read_text())
     assert found

@@ -85,10 +85,10 @@ class Sources(NamedTuple):
     etc: dict[str, bytes | str]
 
 
-def open_sources(rootfs: str, environment: str | None) -> Sources:
+def open_sources(rootfs: str, environment: str | None = None, called: str = "") -> Sources:
     """Open what the root is made of; `rootfs` is "/" or the prefix of a system laid out for jobs.
 
-    `environment` is a folder of the host's that will be /environments/<its name>. Called in the zygote's mount
+    `environment` is a folder of the host's that will be /environments/`called`. Called in the zygote's mount
     namespace but before the change of uid, as either may lie below a folder that only its owner may enter.
     """
     trees: dict[str, int] = {}
@@ -107,7 +107,7 @@ def open_sources(rootfs: str, environment: str | None) -> Sources:
     for name in DEVICES:
         trees[f"/dev/{name}"] = mounts.open_tree(f"/dev/{name}", clone=True, recursive=False)
     if environment is not None:
-        trees[f"{ENVIRONMENTS}/{os.path.basename(environment)}"] = _clone(environment)
+        trees[f"{ENVIRONMENTS}/{called}"] = _clone(environment)
     return Sources(trees, links, _read_etc(os.path.join(rootfs, "etc")))
 
 

@@ -259,8 +259,9 @@ class SpawnerClient:
         elif kind == protocol.FACTS:
             facts = SpawnerFacts(**protocol.decode_facts(message))
             self._environments = list(facts.environments)
-            if not self._facts.done():
-                self._facts.set_result(facts)
+            if self._facts.done():  # told again, of a new zygote
+                self._facts = self.loop.create_future()
+            self._facts.set_result(facts)
         else:
             raise ProtocolError(f"unknown message {kind!r}")
 

@@ -67,6 +67,17 @@ def find_python(rootfs: str) -> str:
     return "/usr/bin/python{}.{}".format(*max(versions))
 
 
+def installed(rootfs: str) -> tuple[int, ...]:
+    """Changes when a package manager puts other files of `find_python`'s interpreter in place; () while it is gone."""
+    try:
+        binary = os.path.realpath(rootfs.rstrip("/") + find_python(rootfs))
+        library = os.path.join(rootfs, "usr/lib", os.path.basename(binary))
+        found = [os.stat(path) for path in (binary, library) if os.path.exists(path)]
+    except (OSError, SetupError):
+        return ()
+    return tuple(figure for each in found for figure in (each.st_dev, each.st_ino, each.st_mtime_ns))
+
+
 def _version(name: str) -> tuple[int, int]:
     match = re.fullmatch(r"python3\.(\d+)", name)
     return (3, int(match[1])) if match else (0, 0)

@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         name: of the environment, "" for the bare interpreter.
-        environment: the environment's folder on the host, or None.
+        environment: the environment's folder on the host as it is called now, or None.
         python: path of the interpreter inside.
         preload: modules that the zygote loads, after the shared objects `libraries`.
         uid_base: first of its `ids.BLOCK` host ids (0 inside is its own, then two a sandbox), or None with one uid.
@@ -205,7 +205,7 @@ def _become(
         os.setsid()
         os.umask(0o022)  # of the root's folders, and what jobs inherit
         step = "zygote sources"
-        sources = rootfs.open_sources(recipe.rootfs, recipe.environment)
+        sources = rootfs.open_sources(recipe.rootfs, recipe.environment, recipe.name)
         step = "zygote id maps"
         sync.send(b"u")
         if sync.recv(1) != b"m":

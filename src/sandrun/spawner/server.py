@@ -7,6 +7,7 @@ sandbox as bytes. When api is gone, everything it had started is ended and the s
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import resource
 import signal
@@ -16,9 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sandrun.environments import Environment
+from sandrun.environments import Environment, hold
 from sandrun.errors import MissingLayer, ProtocolError, SandrunError, SetupError
-from sandrun.linux import cgroup, ids, process
+from sandrun.linux import cgroup, ids, memory, process
 from sandrun.sandbox import messages, rootfs
 from sandrun.spawner import interpreters, nursery, protocol
 from sandrun.spawner.box import CANCELLED, SETUP_FAILED, Box
@@ -27,11 +28,13 @@ from sandrun.spawner.selftest import TICKETS, SelfTests
 from sandrun.spawner.tenant import Done, Tenant, Waiting, end_unbuilt
 from sandrun.spawner.walls import Walls
 
-PARKED_SHARE = 20
-"""At most one part in this many of RAM is in parked sandboxes,"""
 PARKED_BYTES = 3 << 20
-"""which take this much each."""
+"""What a parked sandbox takes."""
 MOST_PARKED = 64
+SHORT_SHARE = 20
+"""With less than one part in this many of RAM available no sandbox is parked."""
+LOOK_SECONDS = 1.0
+"""Between two looks at the host's memory and at the interpreter's files."""
 ACTIVITY_SECONDS = 0.2
 """Between two looks at which jobs use CPU."""
 END_SECONDS = 5.0
@@ -50,6 +53,7 @@ class Settings(NamedTuple):
         waived: layers that may be missing.
         environments: package sets to offer beside the bare interpreter.
         uid_base: first host id of the sandboxes, in root mode.
+        parked_share: the part of RAM that one environment's parked sandboxes may take.
         overrides: modules that a test replaces inside zygotes, to see that a broken wall is noticed.
     """
 
@@ -58,6 +62,7 @@ class Settings(NamedTuple):
     uid_base: int
     interpreters: tuple[str, ...]
     environments: tuple[Environment, ...]
+    parked_share: float
     overrides: tuple[tuple[str, bytes], ...] = ()
 
 
@@ -66,7 +71,9 @@ class Server:
 
     Attributes:
         boxes: sandboxes by slot. tickets: those that have a job, by its ticket. free: slots, a heap.
+        tenants: environments, in the order of `Start.environment`. beside: those that are to succeed one, or ran out.
         serving: api was told the FACTS.
+        installed: what tells one version of the interpreter's files from another, `interpreters.installed`.
     """
 
     walls: Walls
@@ -80,11 +87,14 @@ class Server:
         self.tickets: dict[int, Box] = {}
         self.free = list(range(FIRST_SLOT, SLOTS))
         self.tenants: list[Tenant] = []
+        self.beside: set[Tenant] = set()
+        self.installed: tuple[int, ...] = ()
+        self.short_of_memory = False
         self.serving = False
         self.stopping = False
         self.cores = len(os.sched_getaffinity(0))
         self.ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self.most_parked = max(1, min(MOST_PARKED, self.ram_bytes // PARKED_SHARE // PARKED_BYTES))
+        self.most_parked = min(MOST_PARKED, math.ceil(self.ram_bytes * settings.parked_share / PARKED_BYTES))
         self._outbox: list[bytes] = []
 
     def log(self, text: str) -> None:
@@ -119,6 +129,7 @@ class Server:
             self.connection.setblocking(False)
             self.loop.watch(self.connection.fileno(), self._on_api)
             self._look_at_activity()
+            self._look_at_host()
             while not self.stopping:
                 self.loop.turn()
             self._end_all()
@@ -128,6 +139,7 @@ class Server:
         settings = self.settings
         self.walls = Walls(cgroups, settings.waived, settings.uid_base, len(settings.environments) + 1)
         self.interpreters = interpreters.find(settings.rootfs, settings.interpreters)
+        self.installed = interpreters.installed(settings.rootfs)
         self.archive = nursery.make_archive(dict(settings.overrides))
         for number, environment in enumerate([None, *settings.environments]):
             argvs = {key: list(found.argv) for key, found in self.interpreters.items()}
@@ -147,10 +159,11 @@ class Server:
                 uid_base=None if base is None else base + ids.BLOCK * number,
                 nest=self.walls.nest(argvs, path, inside),
             )
+            held = hold(environment) if environment is not None else -1
             group = cgroups.group(f"z{number}") if cgroups.mode != "none" else None
             if group is not None and recipe.uid_base is not None:
                 group.chown(recipe.uid_base, recipe.uid_base)
-            self.tenants.append(Tenant(self, recipe, group, environment))
+            self.tenants.append(Tenant(self, recipe, group, environment, held))
         for tenant in self.tenants:
             tenant.start_zygote()
 
@@ -172,7 +185,7 @@ class Server:
         while self.boxes and time.monotonic() < deadline:
             self.loop.after(0.1, lambda: None)
             self.loop.turn()
-        for tenant in self.tenants:
+        for tenant in [*self.tenants, *self.beside]:
             tenant.end_zygote()
 
     # ---- api -----------------------------------------------------------------------------------------------
@@ -235,6 +248,25 @@ class Server:
             if box.started and box.exited is None:
                 box.sample()
         self.loop.after(ACTIVITY_SECONDS, self._look_at_activity)
+
+    def _look_at_host(self) -> None:
+        short = memory.available_bytes() < self.ram_bytes // SHORT_SHARE
+        if short != self.short_of_memory:
+            self.short_of_memory = short
+            self.log("short of memory: nothing is parked until there is some" if short else "no longer short of memory")
+            for tenant in self.tenants:
+                tenant.refill_soon()
+        self.installed = interpreters.installed(self.settings.rootfs)
+        for tenant in self.tenants:
+            tenant.renew_if_due()
+        self.loop.after(LOOK_SECONDS, self._look_at_host)
+
+    def succeeded(self, tenant: Tenant, successor: Tenant) -> None:
+        """A new zygote is warm: what comes from now on is its."""
+        self.tenants[self.tenants.index(tenant)] = successor
+        self.beside.discard(successor)
+        self.beside.add(tenant)
+        self._send(protocol.encode_facts(protocol.FACTS, self._facts()))
 
     def gone(self, box: Box) -> None:
         """Nothing of `box` is left."""

@@ -52,6 +52,7 @@ def settings_from(config: Config) -> server.Settings:
         uid_base=config.uid_base,
         interpreters=config.interpreters,
         environments=tuple(environments.list_(config.state_dir)),
+        parked_share=config.parked_share,
     )
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sandrun.environments import Environment, hold
+from sandrun import environments
 from sandrun.errors import ProtocolError, SetupError
 from sandrun.linux import cgroup, process
 from sandrun.sandbox import messages, report, rootfs
@@ -34,6 +34,10 @@ DEMAND_SECONDS = 2.0
 """How far the count of starts looks back that the number of parked sandboxes follows."""
 REFILL_SECONDS = 0.001
 """Between two builds for the pool: what is asked for goes first."""
+ZYGOTE_SECONDS = 3600.0
+"""A zygote that is older gives way to a new one, and what it has parked with it."""
+AGAIN_SECONDS = 60.0
+"""After a new one that could not be started: the old one serves until then."""
 REST_SECONDS = 1.0
 """After a build that failed with nobody waiting for it: what it lacked may come back, and a loop would take a core."""
 
@@ -49,18 +53,35 @@ class Waiting(NamedTuple):
 
 
 class Tenant:
-    """`withdrawn` is `step NUL errno NUL text` once no sandbox can be had here any more, else ""."""
+    """One environment from the start of a zygote to its renewal, when a successor takes over.
+
+    Attributes:
+        withdrawn: `step NUL errno NUL text` once no sandbox can be had here any more, else "".
+        predecessor: which this one is to succeed as soon as it is warm.
+        retired: succeeded; it ends with the last job that it has.
+    """
 
     def __init__(
-        self, server: Server, recipe: nursery.Recipe, group: cgroup.Group | None, environment: Environment | None
+        self,
+        server: Server,
+        recipe: nursery.Recipe,
+        group: cgroup.Group | None,
+        environment: environments.Environment | None = None,
+        held: int = -1,
     ) -> None:
+        """`held` is the environment's folder (`environments.hold`): removed or replaced, its files stay for us."""
         self.server = server
         self.name = recipe.name
         self.title = recipe.name or "bare"
         self.recipe = recipe
         self.group = group
-        self.held = hold(environment) if environment is not None else -1  # removed or replaced, it stays for us
+        self.held = held
         self.environment = environment
+        self.predecessor: Tenant | None = None
+        self.retired = False
+        self._renewing = False
+        self._due = time.monotonic() + ZYGOTE_SECONDS
+        self._installed = server.installed
         self.zygote: nursery.Zygote | None = None
         self.warm = False
         self.withdrawn = ""
@@ -75,6 +96,7 @@ class Tenant:
         self._deadline: Timer | None = None
         self._refill_timer: Timer | None = None
         self._rests_until = 0.0
+        self._renewed_after = 0.0
 
     @property
     def shared_uid(self) -> bool:
@@ -103,11 +125,71 @@ class Tenant:
             found["reason"] = f"{step}: {details}"
         return found
 
+    # ---- renewal -------------------------------------------------------------------------------------------
+
+    def renew_if_due(self) -> None:
+        """Have a new zygote started if this one is old, or was made of other files than are there now: the
+        environment was built again, or the interpreter replaced, whose modules would be of another version than it.
+        """
+        now = time.monotonic()
+        if self._renewing or now < self._renewed_after or not self.warm:
+            return
+        environment = environments.current(self.environment) if self.environment is not None else None
+        same = self._installed == self.server.installed and environment == self.environment
+        if same and now < self._due:
+            return
+        recipe, held = self.recipe, -1
+        try:
+            if environment is not None:
+                held = os.dup(self.held) if environment == self.environment else environments.hold(environment)
+                recipe = recipe._replace(preload=environment.preload, libraries=environment.libraries)
+        except OSError as error:
+            self._go_on(str(error))
+            return
+        self._renewing = True
+        successor = Tenant(self.server, recipe, self.group, environment, held)
+        successor.predecessor = self
+        self.server.beside.add(successor)
+        successor.start_zygote()
+
+    def _go_on(self, reason: str) -> None:
+        self.server.log(f"zygote {self.title} could not be renewed: {reason}; the old one goes on")
+        self._renewing = False
+        self._renewed_after = time.monotonic() + AGAIN_SECONDS
+
+    def _succeed(self, predecessor: Tenant) -> None:
+        self.predecessor = None
+        self.queue, predecessor.queue = predecessor.queue, {}
+        self._starts = predecessor._starts
+        self.server.succeeded(predecessor, self)
+        predecessor._retire()
+
+    def _retire(self) -> None:
+        self.retired = True
+        self.server.loop.drop(self._refill_timer)
+        for box in [*self._ready, *self._building]:
+            box.kill()
+        self._ready.clear()
+        self._end_if_empty()
+
+    def _end_if_empty(self) -> None:
+        if self.retired and not self.boxes:
+            self.kill_zygote()
+
+    def _forget_itself(self) -> None:
+        """No zygote, no sandbox, no job."""
+        if self.held >= 0:
+            os.close(self.held)
+            self.held = -1
+        self.server.beside.discard(self)
+
     # ---- the zygote ----------------------------------------------------------------------------------------
 
     def start_zygote(self) -> None:
         loop = self.server.loop
         try:
+            if self.held >= 0:  # the path that it was opened by may be another's now
+                self.recipe = self.recipe._replace(environment=os.readlink(f"/proc/self/fd/{self.held}"))
             zygote = nursery.start(self.recipe, self.server.archive, self.group.own if self.group else None)
         except SetupError as error:
             self._withdraw(f"{error.step}\0{error.errno}\0{error.details}")
@@ -176,8 +258,10 @@ class Tenant:
                 self.namespaces["cgroup"] = -1  # the host's; compared with that already
             self.warm = True
             self.server.loop.drop(self._deadline)
+            if self.predecessor is not None:
+                self._succeed(self.predecessor)
             self._match()
-            self._refill_soon()
+            self.refill_soon()
         elif kind == protocol.SPAWNED and descriptors:
             slot = protocol.decode_spawned(message)
             box = self.boxes.get(slot)
@@ -219,6 +303,9 @@ class Tenant:
         was_warm, self.warm = self.warm, False
         if self.server.stopping:
             return
+        if self.retired:
+            self._forget_itself()
+            return
         now = time.monotonic()
         self._deaths = [when for when in self._deaths if when > now - RESTART_SECONDS] + [now]
         failure = str(self.facts.pop("failure", "")) if not was_warm else ""
@@ -233,8 +320,12 @@ class Tenant:
             self.start_zygote()
 
     def _withdraw(self, failure: str) -> None:
-        self.withdrawn = failure
         step, _, details = messages.read_failure(failure.encode())
+        if self.predecessor is not None:
+            self.predecessor._go_on(f"{step}: {details}")
+            self._forget_itself()
+            return
+        self.withdrawn = failure
         self.server.log(f"environment {self.title} is withdrawn: {step}: {details}")
         while self.queue:
             self._fail_oldest(failure.encode())
@@ -262,6 +353,9 @@ class Tenant:
     def parked(self, box: Box) -> None:
         """Its walls stand, seen from both sides: it can take a job."""
         self._building.discard(box)
+        if self.retired:
+            box.kill()
+            return
         self._ready.append(box)
         self._match()
 
@@ -273,8 +367,10 @@ class Tenant:
             self._ready.remove(box)
         if box in self._building:
             self._building.discard(box)
-            self._fail_oldest(box.failed or b"start\0000\000it died while it was built")
-        self._refill_soon()
+            if not self.retired:
+                self._fail_oldest(box.failed or b"start\0000\000it died while it was built")
+        self.refill_soon()
+        self._end_if_empty()
 
     def _match(self) -> None:
         """Bring waiting jobs and parked sandboxes together; build for those that are left."""
@@ -296,26 +392,29 @@ class Tenant:
                 self._build(waiting.start.memory_bytes if self.shared_uid else DEFAULT_MEMORY_BYTES)
 
     def _refill(self) -> None:
-        """Keep as many sandboxes parked as the last seconds would have liked to find, one build at a time."""
+        """Keep as many sandboxes parked as the last seconds would have liked to find, one build at a time; none while
+        the host is short of memory."""
         self._refill_timer = None
-        if self.server.stopping or not self.warm or self.withdrawn:
+        if self.server.stopping or not self.warm or self.withdrawn or self.retired:
             return
         now = time.monotonic()
         while self._starts and self._starts[0] < now - DEMAND_SECONDS:
             self._starts.popleft()
-        floor = self.server.cores if not self.name else 1
+        floor = min(self.server.most_parked, self.server.cores if not self.name else 1)
         wanted = min(self.server.most_parked, max(floor, len(self._starts) // 4))
+        if self.server.short_of_memory:
+            floor = wanted = 0
         have = len(self._ready) + len(self._building)
         if have < wanted and not self.queue:
             if not self._building:
                 self._build(DEFAULT_MEMORY_BYTES)
-            self._refill_soon()
+            self.refill_soon()
         elif have > wanted + floor and self._ready:
             self._ready.popleft().kill()  # its end calls here again
         elif have > floor:
-            self._refill_soon(DEMAND_SECONDS)
+            self.refill_soon(DEMAND_SECONDS)
 
-    def _refill_soon(self, seconds: float = REFILL_SECONDS) -> None:
+    def refill_soon(self, seconds: float = REFILL_SECONDS) -> None:
         if self._refill_timer is None or seconds < DEMAND_SECONDS:
             self.server.loop.drop(self._refill_timer)
             when = max(time.monotonic() + seconds, self._rests_until)

@@ -1,0 +1,112 @@
+"""An environment that is built again while a server runs: jobs that begin after that find the new one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from sandrun import environments
+from tests import serving
+from tests.escape.probing import FRESH, IN_PLACE, Kind, succeeded
+from tests.serving import Api, Server
+
+SECONDS = 20.0
+LATE = "import sys, time; print(sys.modules['changing'].VERSION, flush=True); time.sleep(%s); import changing_late; "
+LATE += "print(changing_late.VERSION)"
+
+
+def build(folder: Path, version: int, more: str = "") -> environments.Environment:
+    path = folder / f"changing-{version}-py3-none-any.whl"
+    files = {
+        "changing.py": f"VERSION = {version}\n{more}\n",
+        "changing_late.py": f"VERSION = {version}\n",
+        f"changing-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: changing\nVersion: {version}\n",
+        f"changing-{version}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+        wheel.writestr(f"changing-{version}.dist-info/RECORD", "".join(f"{name},,\n" for name in files))
+    return environments.build("changing", [str(path)], preload=["changing"], state_dir=str(folder), log=1)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with serving.state_directory() as made:
+        yield made
+
+
+def told(api: Api) -> dict[str, Any]:
+    listed = api.http.get("/environments").json()["environments"]
+    found: dict[str, Any] = next(one for one in listed if one["name"] == "changing")
+    return found
+
+
+def says(api: Api, kind: Kind) -> str:
+    fresh = bool(kind.manifest.get("fresh_interpreter"))
+    result = api.run("import changing; print(changing.VERSION)", environment="changing", fresh_interpreter=fresh)
+    return str(succeeded(result)["stdout"]).strip()
+
+
+def replace_zygote(server: Server) -> None:
+    def zygotes() -> set[int]:
+        return {p.pid for p in server.descendants() if p.title == "sandrun: zygote changing"}
+
+    (old,) = zygotes()
+    os.kill(old, signal.SIGKILL)
+    assert serving.wait_until(lambda: zygotes() - {old}, SECONDS), server.tail()
+
+
+@pytest.mark.requirement(36)
+def test_rebuilt_environment_is_found_by_jobs_that_begin_later(
+    folder: Path, start_server: Callable[..., Server]
+) -> None:
+    """And by no job that had begun: it imports from the old files to its end, also when its zygote is replaced."""
+    first = build(folder, 1)
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        assert told(api)["digest"] == first.digest
+        before = api.submit({"main.py": LATE % 4}, entrypoint="main.py", environment="changing")
+        assert serving.wait_until(lambda: api.logs(before) == "1\n", SECONDS)
+        second = build(folder, 2)
+        assert serving.wait_until(lambda: told(api)["digest"] == second.digest, SECONDS), server.tail()
+        assert told(api)["packages"]["changing"] == "2"
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["2", "2"]
+        succeeded(api.wait(before))
+        assert api.logs(before) == "1\n1\n"
+
+
+def test_rebuilt_environment_that_cannot_be_loaded_leaves_the_old_one_to_its_jobs(
+    folder: Path, start_server: Callable[..., Server]
+) -> None:
+    """Also when that one's zygote dies, and though the name is another's by then."""
+    first = build(folder, 1)
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        build(folder, 2, "import os\nif os.getpid() == 1: raise ValueError('not in a zygote')")
+        assert serving.wait_until(lambda: "could not be renewed: preload changing" in server.tail(), SECONDS)
+        assert "ValueError: not in a zygote; the old one goes on" in server.tail()
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
+        assert told(api)["digest"] == first.digest
+        replace_zygote(server)
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
+
+
+def test_removed_environment_stays_until_the_server_ends(folder: Path, start_server: Callable[..., Server]) -> None:
+    build(folder, 1)
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        environments.remove("changing", str(folder))
+        replace_zygote(server)
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
+        assert told(api)["available"]
