@@ -1,7 +1,8 @@
-"""Memory put into huge pages: the same bytes, and a child's own where it writes."""
+"""Memory put into huge pages: the same bytes, and a child's own where it writes. And given back, and measured."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -43,3 +44,31 @@ def test_content_stays_and_a_child_changes_its_own_copy() -> None:
     if int(count) == 0:
         pytest.skip("this kernel cannot collapse memory (Linux 6.1)")
     assert int(huge[1]) * 1024 >= memory.HUGE_BYTES
+
+
+TRIM = """
+import os
+from sandrun.linux import memory
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+kept = [bytes(4000) for _ in range(20_000)]
+pinned = bytes(4000)
+full = resident()
+del kept
+before = resident()
+memory.trim()
+print(full - before, before - resident())
+"""
+
+
+def test_freed_memory_is_given_back() -> None:
+    """What is freed below something that is still in use stays libc's until it is told."""
+    ran = subprocess.run([sys.executable, "-c", TRIM], capture_output=True, text=True, check=True, timeout=30)
+    kept, given_back = map(int, ran.stdout.split())
+    assert kept < 20
+    assert given_back > 60
+
+
+def test_available_memory_is_the_hosts() -> None:
+    assert 0 < memory.available_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,7 +14,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from sandrun.api.context import Context
 from sandrun.config import Config
 from sandrun.errors import ConfigError, ProtocolError, SandrunError
 from sandrun.jobs.service import JobService
-from sandrun.linux import ids, process
+from sandrun.linux import ids, memory, process
 from sandrun.spawner.client import SpawnerClient
 
 REFUSED = 1
@@ -38,6 +38,8 @@ CLOSE_SECONDS = 5
 """How long requests that are being answered may take once all jobs have ended."""
 BACKLOG = 512
 
+TRIM_JOBS = 500
+"""So many are erased before their memory is given back: that takes milliseconds, and the next jobs want some of it."""
 LATER_IMPORTS = (
     "uvicorn.lifespan.off uvicorn.protocols.http.flow_control "
     "email.utils encodings.idna encodings.utf_8 encodings.latin_1 encodings.ascii encodings.unicode_escape stringprep "
@@ -57,10 +59,11 @@ class _Gate:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with our signals, and one wake-up a second instead of ten."""
+    """uvicorn's server with our signals, and one wake-up a second instead of ten, when it calls `each_second`."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, each_second: Callable[[], None]) -> None:
         super().__init__(config)
+        self.each_second = each_second
         self.stopping = asyncio.Event()
 
     @contextmanager
@@ -72,8 +75,25 @@ class Server(uvicorn.Server):
             try:
                 await asyncio.wait_for(self.stopping.wait(), 1.0)
             except TimeoutError:
+                self.each_second()
                 continue
             self.should_exit = True
+
+
+class Trimming:
+    """Called each second: gives the memory of erased jobs back, which libc would keep for the next ones."""
+
+    def __init__(self, service: JobService) -> None:
+        self._service = service
+        self._trimmed = 0
+        self._seen = 0
+
+    def __call__(self) -> None:
+        before, self._seen = self._seen, self._service.erased
+        enough = TRIM_JOBS if self._seen != before else TRIM_JOBS // 10  # no longer in a row: what is left of them
+        if self._seen - self._trimmed >= enough:
+            self._trimmed = self._seen
+            memory.trim()
 
 
 def run(config: Config, spawner: socket.socket, control: socket.socket) -> int:
@@ -153,7 +173,7 @@ async def _serve(
         security=security,
     )
     gate.app = App(context)
-    server = Server(settings)
+    server = Server(settings, Trimming(service))
     stop = _Stop(service, server, config.grace_seconds)
     loop.add_signal_handler(signal.SIGTERM, stop)
     urls = [_url(listener, tls=settings.is_ssl) for listener in listeners]

@@ -52,6 +52,7 @@ class JobService:
         self._loop = asyncio.get_running_loop()
         self._facts = facts = spawner.facts
         self._clients = Clients(client_key)
+        self.erased = 0  # jobs, since the start
         self._checks = Checks(max(2, facts.cores))
         budget = config.store_bytes or default_store_bytes(facts.ram_bytes)
         self._store: Store[Job] = Store(
@@ -186,6 +187,7 @@ class JobService:
     def erase(self, job: Job) -> None:
         """Forget the job with all that it was given, wrote and made; one that still runs is stopped."""
         if not job.erased:
+            self.erased += 1
             self._store.remove(job)
             self._stop(job)
             job.erase()

@@ -66,6 +66,11 @@ def bind(name: str, *argtypes: Any) -> Callable[..., int]:
     return bound
 
 
+def find(name: str, *argtypes: Any) -> Callable[..., int] | None:
+    """`bind` for what only some libcs have; None if this one has it not."""
+    return bind(name, *argtypes) if hasattr(_libc, name) else None
+
+
 # PyDLL keeps the GIL: nothing else of this interpreter may run between a fork and its clean-up. c_void_p, because it
 # takes integers of 64 bits, bytes, None, arrays and byref() alike; ctypes' default for an integer is a 32-bit int.
 _syscall = ctypes.PyDLL(None, use_errno=True)["syscall"]

@@ -13,6 +13,7 @@ MADV_COLLAPSE = 25
 HUGE_BYTES = 2 << 20
 """Of a huge page on x86-64, and on aarch64 with pages of 4 KiB."""
 
+_malloc_trim = libc.find("malloc_trim", ctypes.c_size_t)
 _madvise = libc.bind("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _ANONYMOUS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 +(?:\[heap\])?\n")
 
@@ -24,6 +25,12 @@ def available_bytes() -> int:
             if line.startswith(b"MemAvailable:"):
                 return int(line.split()[1]) * 1024
     raise OSError(errno.ENOENT, "/proc/meminfo has no MemAvailable")
+
+
+def trim() -> None:
+    """Give the kernel back what libc has kept of freed memory. malloc_trim(3); another libc than glibc keeps little."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def collapse() -> int:
