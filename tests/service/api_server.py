@@ -133,7 +133,7 @@ async def listening(app: Any, bounds: guard.Bounds | None = None, interval: floa
     )
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = QuickServer(main.uvicorn_config(Config(), app, registry))
+    server = QuickServer(main.uvicorn_config(Config(), app, registry), lambda: None)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         while not server.started:

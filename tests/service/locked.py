@@ -42,7 +42,7 @@ async def serve(gate: Any, settings: Any, listener: Any, report: lockdown.Report
     loop = asyncio.get_running_loop()
     service = JobService(cast(SpawnerClient, Playing()), JobsConfig(store_bytes=64 * MIB))
     gate.app = App(Context(service=service, ceilings=Ceilings(), walls=report.as_json()))
-    server = main.Server(settings)
+    server = main.Server(settings, lambda: None)
     loop.add_reader(0, server.stopping.set)
     tell({"port": listener.getsockname()[1], "walls": report.as_json()})
     await server.serve(sockets=[listener])

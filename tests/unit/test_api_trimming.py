@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sandrun.api import main
+from sandrun.linux import memory
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_memory_is_given_back_once_for_many_jobs(
     erased_by_the_second: list[int], trims: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(main.memory, "trim", lambda: calls.append(None))
+    monkeypatch.setattr(memory, "trim", lambda: calls.append(None))
     service: Any = SimpleNamespace(erased=0)
     trimming = main.Trimming(service)
     seen = []
