@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from sandrun.errors import SetupError
 from sandrun.linux import memory
 from sandrun.model import Outcome
-from sandrun.spawner import interpreters, nursery, server, tenant
+from sandrun.spawner import interpreters, nursery, protocol, server, tenant
 from tests import host
 from tests.kernel.spawned import SAY, Spawned, spawned
 
@@ -135,6 +137,31 @@ async def test_zygotes_that_die_in_a_renewal_cost_nothing_but_their_jobs(
         assert (await one.run()).stdout == "hello\n"
 
 
+async def test_spawner_without_a_descriptor_to_spare_goes_on(tmp_path: Path, installed: Path) -> None:
+    """It can neither look at the host nor renew a zygote then; what it has serves on."""
+
+    def patch() -> None:
+        version(installed)()
+        look, pair = memory.available_bytes, protocol.pair
+
+        def refused() -> NoReturn:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        memory.available_bytes = lambda: refused() if installed.read_text() == "2" else look()
+        nursery.protocol.pair = lambda: refused() if installed.read_text() == "3" else pair()  # type: ignore[attr-defined]
+
+    async with spawned(tmp_path, patch=patch) as one:
+        await one.client.ready()
+        before = zygotes(one)
+        installed.write_text("2")
+        await becomes(lambda: "cannot see how much memory is available" in one.text())
+        installed.write_text("3")
+        await becomes(lambda: "could not be renewed: zygote: [Errno 24]" in one.text())
+        installed.write_text("4")
+        assert (await one.run()).stdout == "hello\n"
+        assert zygotes(one) == before
+
+
 async def test_nothing_is_parked_while_the_host_is_short_of_memory(tmp_path: Path) -> None:
     """Jobs are run all the same, each in a sandbox that is built for it."""
     figure = tmp_path / "available"
@@ -152,6 +179,9 @@ async def test_nothing_is_parked_while_the_host_is_short_of_memory(tmp_path: Pat
         for _ in range(3):
             assert (await one.run()).stdout == "hello\n"
         await becomes(lambda: not one.sandboxes())
+        figure.write_text(str(one.client.facts.ram_bytes // server.SHORT_SHARE + 1000))
+        await asyncio.sleep(0.3)
+        assert not one.sandboxes()  # nor does it come and go with each byte
         figure.write_text(str(1 << 40))
         await becomes(lambda: parked(one) >= 1)
         assert (await one.run()).stdout == "hello\n"

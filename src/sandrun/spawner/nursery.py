@@ -129,13 +129,17 @@ def sealed(data: bytes, name: str) -> int:
 def start(recipe: Recipe, archive: int, cgroup: Cgroup | None) -> Zygote:
     """Start a zygote; it says WARM, or REFUSED, on its connection when it is ready. `archive` is `make_archive`'s.
 
-    Raises: SetupError if it cannot be started at all.
+    Raises: SetupError if it cannot be started at all; OSError if there are no descriptors for it.
     """
     ours, theirs = protocol.pair()
     parent, child = socket.socketpair()
-    entries = cgroup.entry_fds() if cgroup is not None else []
     directory = cgroup.directory_fd() if cgroup is not None else None
     config = sealed(json.dumps(_config(recipe)).encode(), "config")
+    try:
+        entries = cgroup.entry_fds() if cgroup is not None else []
+    except OSError:
+        os.close(config)
+        raise
     try:
         pid, pidfd = process.clone3(NAMESPACES, cgroup_fd=directory)
     except OSError as error:

@@ -32,7 +32,7 @@ PARKED_BYTES = 3 << 20
 """What a parked sandbox takes."""
 MOST_PARKED = 64
 SHORT_SHARE = 20
-"""With less than one part in this many of RAM available no sandbox is parked."""
+"""With less than one part in this many of RAM available no sandbox is parked, until there is twice as much."""
 LOOK_SECONDS = 1.0
 """Between two looks at the host's memory and at the interpreter's files."""
 ACTIVITY_SECONDS = 0.2
@@ -250,7 +250,13 @@ class Server:
         self.loop.after(ACTIVITY_SECONDS, self._look_at_activity)
 
     def _look_at_host(self) -> None:
-        short = memory.available_bytes() < self.ram_bytes // SHORT_SHARE
+        self.loop.after(LOOK_SECONDS, self._look_at_host)
+        try:
+            available = memory.available_bytes()
+        except OSError as error:  # no descriptor is left, say: no reason to end what runs
+            self.log(f"cannot see how much memory is available: {error}")
+            return
+        short = available < self.ram_bytes // SHORT_SHARE * (2 if self.short_of_memory else 1)
         if short != self.short_of_memory:
             self.short_of_memory = short
             self.log("short of memory: nothing is parked until there is some" if short else "no longer short of memory")
@@ -259,7 +265,6 @@ class Server:
         self.installed = interpreters.installed(self.settings.rootfs)
         for tenant in self.tenants:
             tenant.renew_if_due()
-        self.loop.after(LOOK_SECONDS, self._look_at_host)
 
     def succeeded(self, tenant: Tenant, successor: Tenant) -> None:
         """A new zygote is warm: what comes from now on is its."""

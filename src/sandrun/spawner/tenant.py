@@ -132,7 +132,8 @@ class Tenant:
         environment was built again, or the interpreter replaced, whose modules would be of another version than it.
         """
         now = time.monotonic()
-        if self._renewing or now < self._renewed_after or not self.warm:
+        waits = self.server.short_of_memory or not self.server.installed  # being replaced
+        if waits or self._renewing or now < self._renewed_after or not self.warm:
             return
         environment = environments.current(self.environment) if self.environment is not None else None
         same = self._installed == self.server.installed and environment == self.environment
@@ -193,6 +194,9 @@ class Tenant:
             zygote = nursery.start(self.recipe, self.server.archive, self.group.own if self.group else None)
         except SetupError as error:
             self._withdraw(f"{error.step}\0{error.errno}\0{error.details}")
+            return
+        except OSError as error:
+            self._withdraw(f"zygote\0{error.errno or 0}\0{error}")
             return
         self.zygote = zygote
         self.warm = False
