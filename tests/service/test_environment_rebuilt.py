@@ -18,6 +18,7 @@ from tests.escape.probing import FRESH, IN_PLACE, Kind, succeeded
 from tests.serving import Api, Server
 
 SECONDS = 20.0
+IN_ZYGOTE = "import os\nif os.getpid() == 1: "
 LATE = "import sys, time; print(sys.modules['changing'].VERSION, flush=True); time.sleep(%s); import changing_late; "
 LATE += "print(changing_late.VERSION)"
 
@@ -43,7 +44,7 @@ def folder() -> Iterator[Path]:
         yield made
 
 
-def told(api: Api) -> dict[str, Any]:
+def offered(api: Api) -> dict[str, Any]:
     listed = api.http.get("/environments").json()["environments"]
     found: dict[str, Any] = next(one for one in listed if one["name"] == "changing")
     return found
@@ -73,32 +74,54 @@ def test_rebuilt_environment_is_found_by_jobs_that_begin_later(
     server = start_server("--state-dir", str(folder))
     with httpx2.Client(base_url=server.url, timeout=60) as http:
         api = Api(http)
-        assert told(api)["digest"] == first.digest
+        assert offered(api)["digest"] == first.digest
         before = api.submit({"main.py": LATE % 4}, entrypoint="main.py", environment="changing")
         assert serving.wait_until(lambda: api.logs(before) == "1\n", SECONDS)
         second = build(folder, 2)
-        assert serving.wait_until(lambda: told(api)["digest"] == second.digest, SECONDS), server.tail()
-        assert told(api)["packages"]["changing"] == "2"
+        assert serving.wait_until(lambda: offered(api)["digest"] == second.digest, SECONDS), server.tail()
+        assert offered(api)["packages"]["changing"] == "2"
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["2", "2"]
         succeeded(api.wait(before))
         assert api.logs(before) == "1\n1\n"
 
 
-def test_rebuilt_environment_that_cannot_be_loaded_leaves_the_old_one_to_its_jobs(
-    folder: Path, start_server: Callable[..., Server]
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise ValueError('not in a zygote')", "preload changing: ValueError: not in a zygote"),
+        ("import builtins; builtins.print = lambda *text, **more: None", "self-test: exited, exit code 0"),
+    ],
+    ids=["loads", "works"],
+)
+def test_rebuilt_environment_that_is_no_good_leaves_the_old_one_to_its_jobs(
+    code: str, told: str, folder: Path, start_server: Callable[..., Server]
 ) -> None:
     """Also when that one's zygote dies, and though the name is another's by then."""
     first = build(folder, 1)
     server = start_server("--state-dir", str(folder))
     with httpx2.Client(base_url=server.url, timeout=60) as http:
         api = Api(http)
-        build(folder, 2, "import os\nif os.getpid() == 1: raise ValueError('not in a zygote')")
-        assert serving.wait_until(lambda: "could not be renewed: preload changing" in server.tail(), SECONDS)
-        assert "ValueError: not in a zygote; the old one goes on" in server.tail()
+        build(folder, 2, IN_ZYGOTE + code)
+        assert serving.wait_until(lambda: f"zygote changing could not be renewed: {told}" in server.tail(), SECONDS)
+        assert "the old one goes on" in server.tail()
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
-        assert told(api)["digest"] == first.digest
+        assert offered(api)["digest"] == first.digest
         replace_zygote(server)
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
+
+
+def test_environment_that_was_no_good_is_offered_when_it_is_built_again(
+    folder: Path, start_server: Callable[..., Server]
+) -> None:
+    build(folder, 1, IN_ZYGOTE + "raise ValueError('not in a zygote')")
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        assert "not in a zygote" in offered(api)["reason"]
+        second = build(folder, 2)
+        assert serving.wait_until(lambda: offered(api)["available"], SECONDS), server.tail()
+        assert offered(api)["digest"] == second.digest
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["2", "2"]
 
 
 def test_removed_environment_stays_until_the_server_ends(folder: Path, start_server: Callable[..., Server]) -> None:
@@ -109,4 +132,4 @@ def test_removed_environment_stays_until_the_server_ends(folder: Path, start_ser
         environments.remove("changing", str(folder))
         replace_zygote(server)
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
-        assert told(api)["available"]
+        assert offered(api)["available"]

@@ -1,13 +1,14 @@
-"""The proof, before a server takes its first job: each interpreter runs 6 * 7 in a sandbox like any other."""
+"""The proof before a server, or a new zygote, takes its first job: 6 * 7 in a sandbox like any other."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sandrun.errors import SetupError
-from sandrun.sandbox import messages
 from sandrun.spawner import interpreters, nursery, protocol
 from sandrun.spawner.box import EXITED, SETUP_FAILED
 
@@ -27,6 +28,7 @@ class SelfTests:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.running = 0
+        self._tickets = itertools.count(TICKETS)
         self.reasons: dict[tuple[str, str], str] = {}
 
     def run(self) -> None:
@@ -37,7 +39,7 @@ class SelfTests:
         for tenant in self.server.tenants:
             for name, found in self.server.interpreters.items():
                 if not tenant.withdrawn and (name == "python3" or not tenant.name):
-                    self._start(tenant, name, found)
+                    self._start(tenant, name, found, partial(self.reasons.__setitem__, (tenant.name, name)))
         while self.running and not self.server.stopping:
             self.server.loop.turn()
         for tenant in self.server.tenants:
@@ -48,27 +50,34 @@ class SelfTests:
     def reason(self, interpreter: str, environment: str = "") -> str:
         return self.reasons.get((environment, interpreter), "not tested")
 
-    def _start(self, tenant: Tenant, name: str, found: interpreters.Interpreter) -> None:
+    def prove(self, tenant: Tenant, told: Callable[[str], None]) -> None:
+        """Test the python3 of one that is to succeed another. `told` hears why it must not, "" if it may."""
+        self._start(tenant, "python3", self.server.interpreters["python3"], told)
+
+    def _start(self, tenant: Tenant, name: str, found: interpreters.Interpreter, told: Callable[[str], None]) -> None:
         entrypoint = f"test{found.extension}"
         wishes: dict[str, Any] = {
             "entrypoint": entrypoint, "interpreter": name, "args": [], "env": {}, "outputs": None, "fresh": False,
         }  # fmt: skip
-        said, said_to = os.pipe2(os.O_CLOEXEC)
-        complained, complained_to = os.pipe2(os.O_CLOEXEC)
-        descriptors = [
-            nursery.sealed(json.dumps(wishes).encode(), "spec"),
-            nursery.sealed(interpreters.make_archive(entrypoint, found.test), "archive"),
-            os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC),
-            said_to,
-            complained_to,
-            os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC),
-        ]
+        opened: list[int] = []
+        try:
+            opened += os.pipe2(os.O_CLOEXEC)
+            opened += os.pipe2(os.O_CLOEXEC)
+            for access in (os.O_RDONLY, os.O_WRONLY):
+                opened.append(os.open("/dev/null", access | os.O_CLOEXEC))
+            opened.append(nursery.sealed(json.dumps(wishes).encode(), "spec"))
+            opened.append(nursery.sealed(interpreters.make_archive(entrypoint, found.test), "archive"))
+        except OSError:
+            protocol.close_all(opened)
+            raise
+        said, said_to, complained, complained_to, nothing, nowhere, spec, archive = opened
+        descriptors = [spec, archive, nothing, said_to, complained_to, nowhere]
         self.running += 1
         start = protocol.Start(
-            environment=self.server.tenants.index(tenant),
+            environment=0,  # only api's START needs to say which
             processes=100,
             collect=False,
-            ticket=TICKETS + len(self.reasons) + self.running,
+            ticket=next(self._tickets),
             tag=0,
             memory_bytes=MEMORY_BYTES,
             wall_ms=round(SECONDS * 1000),
@@ -77,7 +86,7 @@ class SelfTests:
 
         def done(ended: protocol.Ended) -> None:
             self.running -= 1
-            self.reasons[tenant.name, name] = _judge(ended, _drain(said), _drain(complained))
+            told(_judge(ended, _drain(said), _drain(complained)))
 
         self.server.start_job(tenant, start, descriptors, done)
 
@@ -89,7 +98,7 @@ def _judge(ended: protocol.Ended, said: bytes, complained: bytes) -> str:
         return ""
     text = complained.decode(errors="replace")[-300:]
     outcome = f"{protocol.OUTCOMES[ended.outcome]}, exit code {ended.exit_code}, signal {ended.signal}"
-    return messages.failure("self-test", SetupError("self-test", 0, f"{outcome}: {text}")).decode(errors="replace")
+    return f"self-test\0000\0{outcome}: {text}"
 
 
 def _drain(reader: int) -> bytes:

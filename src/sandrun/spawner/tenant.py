@@ -57,7 +57,7 @@ class Tenant:
 
     Attributes:
         withdrawn: `step NUL errno NUL text` once no sandbox can be had here any more, else "".
-        predecessor: which this one is to succeed as soon as it is warm.
+        predecessor: which this one is to succeed as soon as it is warm and tested.
         retired: succeeded; it ends with the last job that it has.
     """
 
@@ -133,7 +133,7 @@ class Tenant:
         """
         now = time.monotonic()
         waits = self.server.short_of_memory or not self.server.installed  # being replaced
-        if waits or self._renewing or now < self._renewed_after or not self.warm:
+        if waits or self._renewing or now < self._renewed_after or not (self.warm or self.withdrawn):
             return
         environment = environments.current(self.environment) if self.environment is not None else None
         same = self._installed == self.server.installed and environment == self.environment
@@ -158,12 +158,22 @@ class Tenant:
         self._renewing = False
         self._renewed_after = time.monotonic() + AGAIN_SECONDS
 
-    def _succeed(self, predecessor: Tenant) -> None:
-        self.predecessor = None
+    def _proven(self, reason: str) -> None:
+        """The self-test of a successor is over; `reason` as for `withdrawn`."""
+        predecessor, self.predecessor = self.predecessor, None
+        if predecessor is None:
+            return  # its zygote died meanwhile, and that was told
+        if reason:
+            step, _, details = messages.read_failure(reason.encode())
+            predecessor._go_on(f"{step}: {details}")
+            self._retire()
+            return
         self.queue, predecessor.queue = predecessor.queue, {}
         self._starts = predecessor._starts
         self.server.succeeded(predecessor, self)
         predecessor._retire()
+        self._match()
+        self.refill_soon()
 
     def _retire(self) -> None:
         self.retired = True
@@ -176,6 +186,8 @@ class Tenant:
     def _end_if_empty(self) -> None:
         if self.retired and not self.boxes:
             self.kill_zygote()
+            if self.zygote is None:
+                self._forget_itself()
 
     def _forget_itself(self) -> None:
         """No zygote, no sandbox, no job."""
@@ -263,7 +275,8 @@ class Tenant:
             self.warm = True
             self.server.loop.drop(self._deadline)
             if self.predecessor is not None:
-                self._succeed(self.predecessor)
+                self.server.tests.prove(self, self._proven)
+                return
             self._match()
             self.refill_soon()
         elif kind == protocol.SPAWNED and descriptors:
