@@ -83,7 +83,9 @@ def ways(ran: dict[str, set[tuple[str, str]]]) -> tuple[list[str], int]:
     interpreter and in one that was exec'ed. Not those that look at one of these ways alone.
     `ran`: of each tier the tests that passed, as file and name with parameters. Returns: problems, and how many probes.
     """
-    parked, cold = ran.get("escape", set()), ran.get("cold", set())
+    parked, cold = (
+        {(file, name) for file, name in ran.get(tier, ()) if file != tiers.IN_PLACE} for tier in ("escape", "cold")
+    )
     problems = [f"{file}::{name} passed in a parked sandbox alone" for file, name in sorted(parked - cold)]
     problems += [f"{file}::{name} passed in a cold sandbox alone" for file, name in sorted(cold - parked)]
     for file, name in sorted(parked):

@@ -131,7 +131,9 @@ async def test_zygotes_that_die_in_a_renewal_cost_nothing_but_their_jobs(
         await one.wait_for("begun")
         installed.write_text("2")
         await becomes(lambda: len(zygotes(one)) == 2)
-        os.kill(old if victim == "old" else max(zygotes(one) - {old}), signal.SIGKILL)
+        doomed = old if victim == "old" else max(zygotes(one) - {old})
+        os.kill(doomed, signal.SIGKILL)
+        await becomes(lambda: doomed not in zygotes(one))
         assert (await one.run()).stdout == "hello\n"
         if victim == "old":
             assert (await running).ended.outcome is Outcome.WORKER_LOST
