@@ -84,7 +84,7 @@ def ways(ran: dict[str, set[tuple[str, str]]]) -> tuple[list[str], int]:
     `ran`: of each tier the tests that passed, as file and name with parameters. Returns: problems, and how many probes.
     """
     parked, cold = (
-        {(file, name) for file, name in ran.get(tier, ()) if file != tiers.IN_PLACE} for tier in ("escape", "cold")
+        {(file, name) for file, name in ran.get(tier, ()) if file not in tiers.NOT_COLD} for tier in ("escape", "cold")
     )
     problems = [f"{file}::{name} passed in a parked sandbox alone" for file, name in sorted(parked - cold)]
     problems += [f"{file}::{name} passed in a cold sandbox alone" for file, name in sorted(cold - parked)]

@@ -229,6 +229,13 @@ DOUBLES = ("api_server", "api_world", "spawner_double")
 
 IN_PLACE = "tests/escape/test_confinement_python.py"
 """What an interpreter does in place, in hundreds of cases: left out where nothing can make it differ."""
+NOT_COLD = (
+    IN_PLACE,
+    "tests/escape/test_confinement_pause.py",
+    "tests/escape/test_crash.py",
+    "tests/escape/test_resources_tasks.py",
+)
+"""What looks at the interpreter, the clock, the server's own processes or the load, not at what a sandbox keeps out."""
 REBUILT = "tests/service/test_environment_rebuilt.py"
 """The same: most of its time is pip's."""
 
@@ -316,7 +323,7 @@ TIERS: dict[str, tuple[Tier, str, float]] = {
     "service": (native("service"), "as root on this host's cgroups", 900),
     "escape": (native("escape"), "as root on this host's cgroups", 900),
     "cold": (
-        native("cold", "escape", (IN_PLACE,), **{serving.FLAGS: "--parked-share 0"}),
+        native("cold", "escape", NOT_COLD, **{serving.FLAGS: "--parked-share 0"}),
         "the escape tier with no sandbox parked: each is built when its job comes",
         900,
     ),

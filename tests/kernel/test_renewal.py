@@ -94,6 +94,20 @@ async def test_zygote_gives_way_when_the_interpreter_is_replaced(tmp_path: Path,
         assert one.client.facts.environments[""]["available"]
 
 
+async def test_pool_is_filled_again_while_jobs_run(tmp_path: Path) -> None:
+    """Not only when one of them ends: the next client would wait for a sandbox to be built."""
+    cores = len(os.sched_getaffinity(0))
+    async with spawned(tmp_path) as one:
+        await one.client.ready()
+        (zygote,) = zygotes(one)
+        running = [asyncio.create_task(one.run(SAY)) for _ in range(cores)]
+        await becomes(lambda: len(one.called("begun")) == cores)
+        await becomes(lambda: len(inits(one, zygote)) == 2 * cores)
+        for busy in one.called("begun"):
+            os.kill(busy.pid, signal.SIGUSR1)
+        assert {(await job).ended.outcome for job in running} == {Outcome.SIGNALED}
+
+
 async def test_zygote_gives_way_when_it_is_old(tmp_path: Path) -> None:
     def age() -> None:
         tenant.ZYGOTE_SECONDS = 1.0

@@ -38,6 +38,8 @@ ZYGOTE_SECONDS = 3600.0
 """A zygote that is older gives way to a new one, and what it has parked with it."""
 AGAIN_SECONDS = 60.0
 """After a new one that could not be started: the old one serves until then."""
+LONG_SECONDS = 0.05
+"""After a job was given a sandbox: most are over by then, and what they took is built again at their end."""
 REST_SECONDS = 1.0
 """After a build that failed with nobody waiting for it: what it lacked may come back, and a loop would take a core."""
 
@@ -404,6 +406,8 @@ class Tenant:
                 self.server.tickets[waiting.start.ticket] = box
                 box.assign(waiting.start, waiting.descriptors, waiting.done)
                 protocol.close_all(waiting.descriptors)
+                if self._refill_timer is None:  # a job that takes long: its end would come too late for the next one
+                    self.refill_soon(LONG_SECONDS)
         if self.warm:
             for waiting in list(self.queue.values())[len(self._building) :]:
                 self._build(waiting.start.memory_bytes if self.shared_uid else DEFAULT_MEMORY_BYTES)
