@@ -79,10 +79,15 @@ def run_job(api: serving.Api) -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def no_new_descriptors() -> Iterator[None]:
     """The test leaves this process as many descriptors as it found."""
-    before = set(os.listdir("/proc/self/fd"))
+
+    def descriptors() -> set[str]:
+        """Without the one that lists them, which is closed by then."""
+        return {fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+
+    before = descriptors()
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
-    after = {fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+    after = descriptors()
     assert len(after) <= len(before), f"descriptors left open: {sorted(after - before)}"

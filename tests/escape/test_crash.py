@@ -293,15 +293,15 @@ def test_jobs_in_any_stage_are_run_or_lost_and_never_blamed(part: str, start_ser
     assert heard <= {"exited", "worker_lost", "503"}
 
 
-def kill_zygotes(server: Server, over: Callable[[set[host.Process]], bool]) -> None:
+def kill_zygotes(server: Server, over: Callable[[set[int]], bool]) -> None:
     """Each one as soon as it is there, until `over` says so of those that were."""
-    killed: set[host.Process] = set()
+    killed: set[int] = set()
 
     def killed_enough() -> bool:
         with contextlib.suppress(AssertionError, ProcessLookupError):
-            zygote = server.part("zygote")
+            zygote = server.part("zygote").pid
             if zygote not in killed:
-                os.kill(zygote.pid, signal.SIGKILL)
+                os.kill(zygote, signal.SIGKILL)
                 killed.add(zygote)
         return over(killed)
 

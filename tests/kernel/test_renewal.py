@@ -14,8 +14,9 @@ import pytest
 
 from sandrun.errors import SetupError
 from sandrun.linux import memory
+from sandrun.linux.cgroup import Cgroup
 from sandrun.model import Outcome
-from sandrun.spawner import interpreters, nursery, protocol, server, tenant
+from sandrun.spawner import interpreters, nursery, protocol, selftest, server, tenant
 from tests import host
 from tests.kernel.spawned import SAY, Spawned, spawned
 
@@ -53,14 +54,14 @@ def version(path: Path, refuse_from: int = 1 << 30) -> Callable[[], None]:
     """The version of the interpreter's files is what `path` says; from `refuse_from` on no zygote can be started."""
     start = nursery.start
 
-    def refuse(*given: object) -> nursery.Zygote:
+    def refuse(recipe: nursery.Recipe, archive: int, cgroup: Cgroup | None) -> nursery.Zygote:
         if int(path.read_text()) >= refuse_from:
             raise SetupError("zygote", 12, "refused by a test")
-        return start(*given)  # type: ignore[arg-type]
+        return start(recipe, archive, cgroup)
 
     def patch() -> None:
         interpreters.installed = lambda rootfs: (int(path.read_text()),)
-        nursery.start = refuse  # type: ignore[assignment]
+        nursery.start = refuse
 
     return looking_often(patch)
 
@@ -115,9 +116,10 @@ async def test_zygote_gives_way_when_it_is_old(tmp_path: Path) -> None:
     async with spawned(tmp_path, patch=looking_often(age)) as one:
         await one.client.ready()
         (old,) = zygotes(one)
-        while old in zygotes(one):
-            done = await one.run()
-            assert (done.ended.outcome, done.stdout) == (Outcome.EXITED, "hello\n")
+        async with asyncio.timeout(SECONDS):
+            while old in zygotes(one):
+                done = await one.run()
+                assert (done.ended.outcome, done.stdout) == (Outcome.EXITED, "hello\n")
         assert "died" not in one.text()
 
 
@@ -157,6 +159,35 @@ async def test_zygotes_that_die_in_a_renewal_cost_nothing_but_their_jobs(
         assert (await one.run()).stdout == "hello\n"
 
 
+@pytest.mark.requirement(34)
+async def test_new_zygote_that_dies_in_its_test_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, installed: Path
+) -> None:
+    """It is not started again and again while another serves; no descriptor of it or of its test stays."""
+
+    def patch() -> None:
+        version(installed)()
+        prove = selftest.SelfTests.prove
+
+        def struck(self: selftest.SelfTests, tenant: tenant.Tenant, told: Callable[[str], None]) -> None:
+            tenant.kill_zygote()
+            prove(self, tenant, told)
+
+        pytest.MonkeyPatch().setattr(selftest.SelfTests, "prove", struck)
+
+    async with spawned(tmp_path, patch=patch) as one:
+        await one.client.ready()
+        (old,) = zygotes(one)
+        await becomes(lambda: parked(one) >= min(2, len(os.sched_getaffinity(0))))
+        before = one.descriptors()
+        installed.write_text("2")
+        await becomes(lambda: "could not be renewed: zygote: it died with status 9" in one.text())
+        assert "starting another" not in one.text()
+        await becomes(lambda: one.descriptors() == before)
+        assert (await one.run()).stdout == "hello\n"
+        assert zygotes(one) == {old}
+
+
 async def test_spawner_without_a_descriptor_to_spare_goes_on(tmp_path: Path, installed: Path) -> None:
     """It can neither look at the host nor renew a zygote then; what it has serves on."""
 
@@ -168,7 +199,7 @@ async def test_spawner_without_a_descriptor_to_spare_goes_on(tmp_path: Path, ins
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
         memory.available_bytes = lambda: refused() if installed.read_text() == "2" else look()
-        nursery.protocol.pair = lambda: refused() if installed.read_text() == "3" else pair()  # type: ignore[attr-defined]
+        protocol.pair = lambda: refused() if installed.read_text() == "3" else pair()
 
     async with spawned(tmp_path, patch=patch) as one:
         await one.client.ready()

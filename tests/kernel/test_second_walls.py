@@ -348,8 +348,9 @@ async def test_cancelled_job_that_cannot_be_thawed_is_killed_and_no_other(tmp_pa
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def patch() -> None:
-        cgroup.Cgroup.freeze = refuse  # type: ignore[method-assign]
-        cgroup.Cgroup.kill = lambda self, timeout=2.0: None  # type: ignore[method-assign]  # pure v1's freezes too
+        spoil = pytest.MonkeyPatch()
+        spoil.setattr(cgroup.Cgroup, "freeze", refuse)
+        spoil.setattr(cgroup.Cgroup, "kill", lambda self, timeout=2.0: None)  # pure v1's freezes too
 
     async with spawned(tmp_path, patch=patch) as one:
         await one.client.ready()

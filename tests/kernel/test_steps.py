@@ -478,31 +478,42 @@ async def test_swap_that_cannot_be_closed_is_named_with_its_fix(tmp_path: Path) 
     assert "swapoff" in error.details
 
 
-async def test_missing_seccomp_library_is_named_with_its_fix(tmp_path: Path) -> None:
-    def patch() -> None:
-        seccomp._library = refuse
-
-    async with spawned(tmp_path, patch=patch) as one:
+@pytest.mark.parametrize(
+    ("lacks", "fix"), [("_library", "libseccomp2"), ("probe", "CONFIG_SECCOMP_FILTER")], ids=["library", "kernel"]
+)
+async def test_host_without_filters_is_told_the_fix(lacks: str, fix: str, tmp_path: Path) -> None:
+    async with spawned(tmp_path, patch=lambda: pytest.MonkeyPatch().setattr(seccomp, lacks, refuse)) as one:
         error = await refused(one)
     assert error.step == "seccomp"
-    assert "libseccomp2" in error.details
+    assert fix in error.details
 
 
-async def test_kernel_without_filters_is_named_with_its_fix(tmp_path: Path) -> None:
+@pytest.mark.requirement(17)
+async def test_job_whose_sandbox_finds_no_descriptor_fails_alone(tmp_path: Path) -> None:
+    """Not even one is left to see whether the zygote is alive: no reason to end what others run."""
+    used_up = Switch()
+
     def patch() -> None:
-        seccomp.probe = refuse
+        build_on_demand()
+        used_up.spoil(protocol, "pair")
+        used_up.spoil(process, "is_exiting")
 
     async with spawned(tmp_path, patch=patch) as one:
-        error = await refused(one)
-    assert error.step == "seccomp"
-    assert "CONFIG_SECCOMP_FILTER" in error.details
+        await one.client.ready()
+        running = asyncio.create_task(one.run(SAY))
+        busy = await one.wait_for("begun")
+        used_up.turn()
+        assert_failed(await one.run(), "sockets", ERRNO)
+        assert busy.alive
+        os.kill(busy.pid, signal.SIGUSR1)
+        assert (await running).ended.outcome is Outcome.SIGNALED
 
 
 async def test_zygote_of_another_python_takes_the_modules_as_source(tmp_path: Path) -> None:
     """A root file system may bring one whose compiled code is of another kind than ours."""
 
     def patch() -> None:
-        setattr(importlib.util, "MAGIC_NUMBER", b"\x00\x00\r\n")  # noqa: B010  it is Final
+        pytest.MonkeyPatch().setattr(importlib.util, "MAGIC_NUMBER", b"\x00\x00\r\n")
 
     async with spawned(tmp_path, patch=patch) as one:
         await one.client.ready()

@@ -72,7 +72,7 @@ def installed(rootfs: str) -> tuple[int, ...]:
     try:
         binary = os.path.realpath(rootfs.rstrip("/") + find_python(rootfs))
         library = os.path.join(rootfs, "usr/lib", os.path.basename(binary))
-        found = [os.stat(path) for path in (binary, library) if os.path.exists(path)]
+        found = [os.stat(binary), *([os.stat(library)] if os.path.isdir(library) else [])]
     except (OSError, SetupError):
         return ()
     return tuple(figure for each in found for figure in (each.st_dev, each.st_ino, each.st_mtime_ns))

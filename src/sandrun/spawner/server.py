@@ -40,8 +40,6 @@ ACTIVITY_SECONDS = 0.2
 END_SECONDS = 5.0
 """How long sandboxes may take to die when api is gone. Their zygotes' end is theirs in any case."""
 SEND_AGAIN_SECONDS = 0.002
-EX_TEMPFAIL = 75
-"""sysexits.h: another spawner may have better luck."""
 FIRST_SLOT, SLOTS = 1, 16384
 MOST_AT_ONCE = SLOTS // 2
 
@@ -71,7 +69,8 @@ class Server:
 
     Attributes:
         boxes: sandboxes by slot. tickets: those that have a job, by its ticket. free: slots, a heap.
-        tenants: environments, in the order of `Start.environment`. beside: those that are to succeed one, or ran out.
+        tenants: environments, in the order of `Start.environment`. beside: those that are to succeed one of
+            them, and those that end.
         serving: api was told the FACTS.
         installed: what tells one version of the interpreter's files from another, `interpreters.installed`.
     """
@@ -133,7 +132,7 @@ class Server:
             while not self.stopping:
                 self.loop.turn()
             self._end_all()
-            return EX_TEMPFAIL if self.tenants[0].withdrawn else 0
+            return os.EX_TEMPFAIL if self.tenants[0].withdrawn else 0  # another may have better luck
 
     def _prepare(self, cgroups: cgroup.Cgroups) -> None:
         settings = self.settings
@@ -267,7 +266,7 @@ class Server:
             tenant.renew_if_due()
 
     def succeeded(self, tenant: Tenant, successor: Tenant) -> None:
-        """A new zygote is warm: what comes from now on is its."""
+        """A new zygote is warm and tested: what comes from now on is its."""
         self.tenants[self.tenants.index(tenant)] = successor
         self.beside.discard(successor)
         self.beside.add(tenant)

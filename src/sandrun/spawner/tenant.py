@@ -60,7 +60,7 @@ class Tenant:
     Attributes:
         withdrawn: `step NUL errno NUL text` once no sandbox can be had here any more, else "".
         predecessor: which this one is to succeed as soon as it is warm and tested.
-        retired: succeeded; it ends with the last job that it has.
+        retired: another serves in its place; it ends with the last job that it has.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Tenant:
         """The self-test of a successor is over; `reason` as for `withdrawn`."""
         predecessor, self.predecessor = self.predecessor, None
         if predecessor is None:
-            return  # its zygote died meanwhile, and that was told
+            return  # withdrawn meanwhile, and that was told
         if reason:
             step, _, details = messages.read_failure(reason.encode())
             predecessor._go_on(f"{step}: {details}")
@@ -228,7 +228,12 @@ class Tenant:
     def zygote_is_gone(self) -> bool:
         """Dead, or about to be: it is past its last instruction before its sandboxes die, and those before its pidfd
         tells."""
-        return self._zygote_has_closed() or self.zygote is None or process.is_exiting(self.zygote.pid)
+        if self.zygote is None or self._zygote_has_closed():
+            return True
+        try:
+            return process.is_exiting(self.zygote.pid)
+        except OSError:  # no descriptor is left to look with, which may be why somebody asks
+            return False
 
     def _zygote_has_closed(self) -> bool:
         """The same, but for the moment in which a sandbox that it had just forked still holds a copy of its socket."""
@@ -330,7 +335,7 @@ class Tenant:
         failure = str(self.facts.pop("failure", "")) if not was_warm else ""
         if failure:
             self._withdraw(failure)
-        elif not self.namespaces:  # none of this environment's was ever warm
+        elif not self.namespaces or self.predecessor is not None:  # none was ever warm, or another serves
             self._withdraw(f"zygote\0000\0it died with status {status} while starting")
         elif len(self._deaths) > RESTARTS:
             self._withdraw(f"zygote\0000\0it died {len(self._deaths)} times in {RESTART_SECONDS:.0f} s")
@@ -339,16 +344,17 @@ class Tenant:
             self.start_zygote()
 
     def _withdraw(self, failure: str) -> None:
-        step, _, details = messages.read_failure(failure.encode())
-        if self.predecessor is not None:
-            self.predecessor._go_on(f"{step}: {details}")
-            self._forget_itself()
-            return
         self.withdrawn = failure
-        self.server.log(f"environment {self.title} is withdrawn: {step}: {details}")
+        step, _, details = messages.read_failure(failure.encode())
+        predecessor, self.predecessor = self.predecessor, None
+        if predecessor is not None:
+            predecessor._go_on(f"{step}: {details}")
+            self._forget_itself()
+        else:
+            self.server.log(f"environment {self.title} is withdrawn: {step}: {details}")
         while self.queue:
             self._fail_oldest(failure.encode())
-        if not self.name:
+        if predecessor is None and not self.name:
             self.server.give_up()
 
     # ---- jobs and sandboxes --------------------------------------------------------------------------------

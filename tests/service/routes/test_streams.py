@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -18,15 +17,7 @@ from sandrun.api.guard import Bounds
 from sandrun.model import LOG_BYTES, MIB, Outcome
 from tests.service.api_world import World, world
 
-pytestmark = pytest.mark.usefixtures("no_new_descriptors")
-
 NO_JOB = "0" * 32
-
-
-@pytest.fixture
-async def api() -> AsyncIterator[World]:
-    async with world() as made:
-        yield made
 
 
 def following(api: World, job_id: str, query: str = "", **options: Any) -> connect:

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import tarfile
-from collections.abc import AsyncIterator
 from urllib.parse import quote
 
 import pytest
@@ -15,16 +14,7 @@ import pytest
 from sandrun.jobs.job import job_tag
 from sandrun.model import LOG_BYTES, MIB
 from sandrun.sandbox import collect
-from tests.service.api_world import World, world
-
-pytestmark = pytest.mark.usefixtures("no_new_descriptors")
-
-
-@pytest.fixture
-async def api() -> AsyncIterator[World]:
-    async with world() as made:
-        yield made
-
+from tests.service.api_world import World
 
 # ---- logs --------------------------------------------------------------------------------------------------
 

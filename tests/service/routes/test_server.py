@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from sandrun.model import Ceilings
-from tests.service.api_world import GOOD, MANIFEST, NO_JOB, World, world
+from tests.service.api_world import GOOD, MANIFEST, NO_JOB, World
 from tests.service.spawner_double import BROKEN, DATA
-
-pytestmark = pytest.mark.usefixtures("no_new_descriptors")
-
-
-@pytest.fixture
-async def api() -> AsyncIterator[World]:
-    async with world() as made:
-        yield made
 
 
 async def test_root_shows_three_commands_or_json(api: World) -> None:

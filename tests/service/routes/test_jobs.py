@@ -15,15 +15,6 @@ from sandrun.model import MIB, Outcome
 from tests.service.api_world import GOOD, MANIFEST, NO_JOB, World, parse_events, world
 from tests.serving import tarball
 
-pytestmark = pytest.mark.usefixtures("no_new_descriptors")
-
-
-@pytest.fixture
-async def api() -> AsyncIterator[World]:
-    async with world() as made:
-        yield made
-
-
 # ---- /run --------------------------------------------------------------------------------------------------
 
 
