@@ -228,26 +228,30 @@ DOUBLES = ("api_server", "api_world", "spawner_double")
 
 
 IN_PLACE = "tests/escape/test_confinement_python.py"
-"""What an interpreter does in place, in hundreds of cases: left out where nothing can make it differ."""
+"""What an interpreter does in place, in hundreds of cases."""
 NOT_COLD = (
     IN_PLACE,
     "tests/escape/test_confinement_pause.py",
     "tests/escape/test_crash.py",
     "tests/escape/test_resources_tasks.py",
+    "tests/escape/test_resources_time.py",
 )
 """What looks at the interpreter, the clock, the server's own processes or the load, not at what a sandbox keeps out."""
-REBUILT = "tests/service/test_environment_rebuilt.py"
-"""The same: most of its time is pip's."""
+ALIKE = (IN_PLACE, "tests/service/test_environments.py", "tests/service/test_environment_rebuilt.py")
+"""What takes long and can depend neither on who runs it nor on the kernel. Single tests like that are marked `once`."""
+IN_NO_VM = ("tests/service/test_cli.py", "tests/service/test_api_document.py")
+"""What an ordinary user sees differently, a kernel does not."""
 
 
 def touching_the_kernel() -> list[str]:
-    """The tests whose answer may depend on who runs them and on which kernel.
+    """What has pytest run the tests whose answer may depend on who runs them and on which kernel.
 
     Not those that look at HTTP or at the queue with a double in place of the spawner.
     """
     service = sorted((ROOT / "tests/service").glob("test_*.py"))
     real = [path for path in service if not any(double in path.read_text() for double in DOUBLES)]
-    return ["tests/kernel", "tests/escape", *(str(path.relative_to(ROOT)) for path in real if path != ROOT / REBUILT)]
+    paths = ["tests/kernel", "tests/escape", *(str(path.relative_to(ROOT)) for path in real)]
+    return [*paths, *(f"--deselect={path}" for path in ALIKE), "-m", "not once"]
 
 
 def free_uid() -> int:
@@ -302,8 +306,8 @@ def vm(extra: list[str], seconds: float, output: int | None) -> int:
         (tree / "tests/vm/requirements").write_text("\n".join(tools) + "\n")
         inside = [package for names in packages.PACKAGES.values() for package in names]
         wheels = [f"--wheels={name}" for name in [*project["project"]["dependencies"], *tools, *inside]]
-        left_out = [f"--ignore={IN_PLACE}", *extra]
-        inner = pytest("vm", Path("python"), Path("/out"), touching_the_kernel(), left_out)
+        left_out = [f"--deselect={path}" for path in IN_NO_VM]
+        inner = pytest("vm", Path("python"), Path("/out"), [*touching_the_kernel(), *left_out], extra)
         machine = [f"--mem={VM_MEMORY_MB}", f"--timeout={seconds:.0f}", f"--share={tree}", f"--out={out}", *wheels]
         command = [sys.executable, "tests/vm/run-in-vm", "--verbose", *machine, "--", "sh", "tests/vm/inside"]
         code = run([*command, *inner[3:]], seconds + 30, env=environment(), output=output)

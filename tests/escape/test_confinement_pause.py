@@ -100,7 +100,9 @@ def paused_again_and_again(job: Held, pauser: Pauser) -> Iterator[list[int]]:
         pause(False)
 
 
-@pytest.fixture(params=[stopping, freezing], ids=["stopped", "frozen"])
+@pytest.fixture(
+    params=[pytest.param(stopping, id="stopped", marks=pytest.mark.once), pytest.param(freezing, id="frozen")]
+)
 def pauser(request: pytest.FixtureRequest, api: Api) -> Pauser:
     found: Pauser = request.param
     return found

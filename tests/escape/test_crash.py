@@ -253,7 +253,14 @@ def test_killed_api_takes_its_jobs_along_and_is_replaced(crash: Scene) -> None:
     assert crash.api.http.get(f"/status/{crash.job_id}").status_code == 404
 
 
-@pytest.mark.parametrize("parts", [("zygote", "spawner"), ("spawner", "api"), ("zygote", "spawner", "api")])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(("zygote", "spawner"), marks=pytest.mark.once),
+        pytest.param(("spawner", "api"), marks=pytest.mark.once),
+        ("zygote", "spawner", "api"),
+    ],
+)
 def test_killed_parts_take_their_jobs_along_and_are_replaced(parts: tuple[str, ...], crash: Scene) -> None:
     began = time.monotonic()
     for pid in [crash.server.part(part).pid for part in parts]:
@@ -317,6 +324,7 @@ def test_zygote_killed_while_it_starts_is_replaced(crash: Scene) -> None:
     assert crash.server.part("spawner").pid == spawner.pid
 
 
+@pytest.mark.once
 def test_zygotes_that_die_again_and_again_are_a_case_for_another_spawner(crash: Scene) -> None:
     """No server stays up that can run nothing: the spawner ends, the next looks at the host anew."""
     spawner, api = crash.server.part("spawner"), crash.server.part("api")
@@ -333,7 +341,15 @@ def everything(server: Server) -> list[host.Process]:
     return [*server.descendants(), *[p for p in [host.process(server.pid)] if p]]
 
 
-@pytest.mark.parametrize("victims", ["supervisor", "all at once", "all but the sandboxes", "the sandboxes last"])
+@pytest.mark.parametrize(
+    "victims",
+    [
+        "supervisor",
+        pytest.param("all at once", marks=pytest.mark.once),
+        "all but the sandboxes",
+        pytest.param("the sandboxes last", marks=pytest.mark.once),
+    ],
+)
 def test_killed_server_leaves_nothing_that_the_next_does_not_remove(
     victims: str, crash: Scene, start_server: Callable[..., Server]
 ) -> None:
@@ -450,6 +466,7 @@ def _has(server: Server, word: str) -> bool:
     return False
 
 
+@pytest.mark.once
 def test_server_that_is_killed_keeps_nothing_on_disk(crash: Scene) -> None:
     """Jobs live in memory alone: its state directory holds what it held before."""
     folder = Path(crash.server.log).parent

@@ -235,6 +235,7 @@ for top in (".", "/tmp", "/dev/shm"):
             assert api.http.get(f"/{path}/{gone}").status_code == 404
 
 
+@pytest.mark.once
 @pytest.mark.requirement(15)
 def test_job_data_is_deleted_by_itself(start_server: Callable[..., serving.Server]) -> None:
     server = start_server("--failed-ttl-seconds", "1", "--ttl-seconds", "1")

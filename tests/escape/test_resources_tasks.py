@@ -233,7 +233,13 @@ def start_seconds(api: Api) -> float:
 
 @pytest.mark.root
 @pytest.mark.parametrize(
-    "bomb", [BOMBS["forks"], BOMBS[SESSIONS], SPINNERS, EXECS], ids=["forks", SESSIONS, "spins", "execs"]
+    "bomb",
+    [
+        pytest.param(BOMBS["forks"], id="forks"),
+        pytest.param(BOMBS[SESSIONS], id=SESSIONS, marks=pytest.mark.once),
+        pytest.param(SPINNERS, id="spins"),
+        pytest.param(EXECS, id="execs", marks=pytest.mark.once),
+    ],
 )
 def test_bomb_does_not_slow_the_start_of_anothers_job_by_more_than_twice(
     bomb: str, api: Api, running_server: serving.Server

@@ -116,6 +116,7 @@ def refusal(*flags: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.once
 def test_port_in_use_is_told_in_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -125,6 +126,7 @@ def test_port_in_use_is_told_in_one_sentence() -> None:
     assert "Traceback" not in told
 
 
+@pytest.mark.once
 def test_certificate_that_is_none_is_told() -> None:
     code, told = refusal("--port", "0", "--cert", "/etc/hostname", "--key", "/etc/hostname")
     assert code == 1
@@ -132,6 +134,7 @@ def test_certificate_that_is_none_is_told() -> None:
     assert "Traceback" not in told
 
 
+@pytest.mark.once
 def test_server_speaks_tls_with_the_operators_certificate() -> None:
     certificate = str(ROOT / "tests" / "data" / "localhost.pem")
     port = free_port()
@@ -185,6 +188,7 @@ def seconds_until_cut(port: int, first: bytes, then: bytes) -> float:
         return time.monotonic() - begun
 
 
+@pytest.mark.once
 @pytest.mark.requirement(30)
 def test_slow_clients_are_cut_off_in_their_time(running_server: Server) -> None:
     head = b"POST /run HTTP/1.1\r\nHost: localhost\r\n"

@@ -122,6 +122,7 @@ def test_program_compiled_inside_counts_the_primes(client: Client, tmp_path: Pat
     assert "148933 primes up to 2000000" in run(client, EXAMPLES / "c-program", tmp_path).stdout
 
 
+@pytest.mark.once
 def test_pipeline_goes_through_fifty_megabytes(client: Client, tmp_path: Path) -> None:
     ran = run(client, EXAMPLES / "pipeline", tmp_path)
     requests, size = map(int, re.findall(r"\d+", ran.stdout.splitlines()[0]))
@@ -157,6 +158,7 @@ def test_sqlite_database_can_be_opened_afterwards(client: Client, tmp_path: Path
         database.close()
 
 
+@pytest.mark.once
 @pytest.mark.requirement(33)
 def test_lines_arrive_while_the_job_writes_them(client: Client) -> None:
     job = client.submit(EXAMPLES / "live-log").job_id
@@ -197,6 +199,7 @@ def test_thousand_files_go_in_and_as_many_come_out(client: Client, tmp_path: Pat
     assert all(content == b"%d\n" % int(path[8:12]) ** 2 for path, content in ran.files.items())
 
 
+@pytest.mark.once
 @pytest.mark.requirement(27)
 def test_ninety_megabytes_go_in(client: Client, tmp_path: Path) -> None:
     folder = tmp_path / "ninety-megabytes"
