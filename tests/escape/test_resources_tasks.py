@@ -235,7 +235,7 @@ def start_seconds(api: Api) -> float:
 @pytest.mark.parametrize(
     "bomb",
     [
-        pytest.param(BOMBS["forks"], id="forks"),
+        pytest.param(BOMBS["forks"], id="forks", marks=pytest.mark.once),
         pytest.param(BOMBS[SESSIONS], id=SESSIONS, marks=pytest.mark.once),
         pytest.param(SPINNERS, id="spins"),
         pytest.param(EXECS, id="execs", marks=pytest.mark.once),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from sandrun import environment_builder as builder
 from sandrun import environments
 from tests import serving
 from tests.escape.probing import FRESH, IN_PLACE, Kind, succeeded
@@ -42,6 +45,34 @@ def build(folder: Path, version: int, more: str = "") -> environments.Environmen
 def folder() -> Iterator[Path]:
     with serving.state_directory() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def first() -> Iterator[Path]:
+    """Where the first build that asked for it was copied to."""
+    with serving.state_directory() as made:
+        yield made / "first"
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch, first: Path) -> None:
+    """pip runs for the first build alone: each other is a copy of that, with its own code."""
+    by_pip = builder.fill
+
+    def fill(order: builder.Order, target: str) -> builder.Built:
+        if not first.exists():
+            made = by_pip(order, target)
+            shutil.copytree(target, first, symlinks=True)
+            return made
+        shutil.copytree(first, target, symlinks=True)
+        (packages,) = Path(target).glob("lib/python3*/site-packages")
+        with zipfile.ZipFile(order.packages[0]) as wheel:
+            for name in ("changing", "changing_late"):
+                wheel.extract(f"{name}.py", packages)
+                next(packages.glob(f"__pycache__/{name}.*")).unlink()
+        return builder.Built(packages={"changing": order.packages[0].split("-")[1]}, python=platform.python_version())
+
+    monkeypatch.setattr(builder, "fill", fill)
 
 
 def offered(api: Api) -> dict[str, Any]:
@@ -93,6 +124,7 @@ def test_rebuilt_environment_is_found_by_jobs_that_begin_later(
     ],
     ids=["loads", "works"],
 )
+@pytest.mark.usefixtures("copied")
 def test_rebuilt_environment_that_is_no_good_leaves_the_old_one_to_its_jobs(
     code: str, told: str, folder: Path, start_server: Callable[..., Server]
 ) -> None:
@@ -110,6 +142,7 @@ def test_rebuilt_environment_that_is_no_good_leaves_the_old_one_to_its_jobs(
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
 
 
+@pytest.mark.usefixtures("copied")
 def test_environment_that_was_no_good_is_offered_when_it_is_built_again(
     folder: Path, start_server: Callable[..., Server]
 ) -> None:
@@ -124,6 +157,7 @@ def test_environment_that_was_no_good_is_offered_when_it_is_built_again(
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["2", "2"]
 
 
+@pytest.mark.usefixtures("copied")
 def test_removed_environment_stays_until_the_server_ends(folder: Path, start_server: Callable[..., Server]) -> None:
     build(folder, 1)
     server = start_server("--state-dir", str(folder))

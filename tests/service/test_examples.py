@@ -87,7 +87,7 @@ def test_every_example_has_a_manifest_and_a_line_in_the_readme() -> None:
     [
         ("report", {"chart.svg", "summary.txt"}),
         pytest.param("c-program", {"primes.txt"}, marks=pytest.mark.needs("gcc")),
-        ("pipeline", {"report/errors.txt", "report/hours.txt", "report/pages.txt"}),
+        pytest.param("pipeline", {"report/errors.txt", "report/hours.txt", "report/pages.txt"}, marks=pytest.mark.once),
         pytest.param("node", {"out/sorted.json"}, marks=pytest.mark.needs("node")),
         pytest.param("perl", {"words.tsv"}, marks=pytest.mark.needs("perl")),
         ("multiprocessing", {"mandelbrot.pgm"}),
