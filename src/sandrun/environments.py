@@ -73,7 +73,7 @@ def build(
 ) -> Environment:
     """Build an environment and put it in its place by one rename; one that has the name already is replaced.
 
-    A server that is running goes on with what it has until it is restarted; see `hold`.
+    A server that is running takes it up for the jobs that begin then; see `hold`.
 
     pip works as it is set up on this host: its configuration files, `PIP_*`, proxies and certificates count, those of
     the calling user included.
@@ -142,13 +142,23 @@ def list_(state_dir: str) -> list[Environment]:
 
     Raises: ConfigError for one that others than root and this user could have changed, or without a description.
     """
-    base = os.path.join(state_dir, "environments")
+    return [find(name, state_dir) for name in names(state_dir)]
+
+
+def names(state_dir: str) -> list[str]:
+    """What environments are called that are there, sorted."""
     try:
-        names = sorted(os.listdir(base))
+        found = os.listdir(os.path.join(state_dir, "environments"))
     except FileNotFoundError:
         return []
+    return sorted(name for name in found if _NAME.match(name) and _UNFINISHED not in name)
+
+
+def find(name: str, state_dir: str) -> Environment:
+    """Raises: ConfigError as `list_`; OSError if there is none."""
+    base = os.path.join(state_dir, "environments")
     _check_owner(base)
-    return [_read(base, name) for name in names if _NAME.match(name) and _UNFINISHED not in name]
+    return _read(base, name)
 
 
 def remove(name: str, state_dir: str) -> None:
@@ -185,10 +195,8 @@ def hold(environment: Environment) -> int:
 
 def current(environment: Environment) -> Environment:
     """What has this environment's name now, which is another if it was built again; itself if nothing usable has."""
-    base, name = os.path.split(environment.path)
     try:
-        _check_owner(base)
-        return _read(base, name)
+        return find(environment.name, os.path.dirname(os.path.dirname(environment.path)))
     except (OSError, ConfigError):
         return environment
 

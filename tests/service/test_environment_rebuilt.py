@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import signal
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ LATE = "import sys, time; print(sys.modules['changing'].VERSION, flush=True); ti
 LATE += "print(changing_late.VERSION)"
 
 
-def build(folder: Path, version: int, more: str = "") -> environments.Environment:
+def build(folder: Path, version: int, more: str = "", called: str = "changing") -> environments.Environment:
     path = folder / f"changing-{version}-py3-none-any.whl"
     files = {
         "changing.py": f"VERSION = {version}\n{more}\n",
@@ -38,7 +39,7 @@ def build(folder: Path, version: int, more: str = "") -> environments.Environmen
         for name, content in files.items():
             wheel.writestr(name, content)
         wheel.writestr(f"changing-{version}.dist-info/RECORD", "".join(f"{name},,\n" for name in files))
-    return environments.build("changing", [str(path)], preload=["changing"], state_dir=str(folder), log=1)
+    return environments.build(called, [str(path)], preload=["changing"], state_dir=str(folder), log=1)
 
 
 @pytest.fixture
@@ -79,6 +80,12 @@ def offered(api: Api) -> dict[str, Any]:
     listed = api.http.get("/environments").json()["environments"]
     found: dict[str, Any] = next(one for one in listed if one["name"] == "changing")
     return found
+
+
+def names(api: Api) -> list[str]:
+    """What is offered; nothing while there is no spawner."""
+    answer = api.http.get("/environments")
+    return [one["name"] for one in answer.json()["environments"]] if answer.status_code == 200 else []
 
 
 def says(api: Api, kind: Kind) -> str:
@@ -167,3 +174,84 @@ def test_removed_environment_stays_until_the_server_ends(folder: Path, start_ser
         replace_zygote(server)
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
         assert offered(api)["available"]
+
+
+@pytest.mark.requirement(34)
+@pytest.mark.usefixtures("copied")
+def test_next_spawner_offers_the_environments_that_are_there(folder: Path, start_server: Callable[..., Server]) -> None:
+    """Not one that was removed, whose files the last one held and it cannot."""
+    build(folder, 1)
+    build(folder, 1, called="removed")
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        assert names(api) == ["changing", "removed"]
+        environments.remove("removed", str(folder))
+        os.kill(server.part("spawner").pid, signal.SIGKILL)
+        assert serving.wait_until(lambda: names(api) == ["changing"], SECONDS), server.tail()
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
+
+
+@pytest.mark.usefixtures("copied")
+def test_new_environment_is_offered_when_it_is_built(folder: Path, start_server: Callable[..., Server]) -> None:
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        assert names(api) == []
+        first = build(folder, 1)
+        assert serving.wait_until(lambda: names(api) == ["changing"], SECONDS), server.tail()
+        assert offered(api)["digest"] == first.digest
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["1", "1"]
+        build(folder, 2)
+        assert serving.wait_until(lambda: says(api, IN_PLACE) == "2", SECONDS), server.tail()
+        replace_zygote(server)
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise ValueError('not in a zygote')", "preload changing: ValueError: not in a zygote"),
+        ("import builtins; builtins.print = lambda *text, **more: None", "self-test: exited, exit code 0"),
+    ],
+    ids=["loads", "works"],
+)
+@pytest.mark.usefixtures("copied")
+def test_new_environment_that_is_no_good_is_told_with_the_reason(
+    code: str, told: str, folder: Path, start_server: Callable[..., Server]
+) -> None:
+    """Until it is built well."""
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        build(folder, 1, IN_ZYGOTE + code)
+        assert serving.wait_until(lambda: names(api) == ["changing"], SECONDS), server.tail()
+        assert (offered(api)["available"], told in offered(api)["reason"]) == (False, True)
+        refused = http.post("/run", json={"code": "print(1)", "environment": "changing"})
+        assert (refused.status_code, refused.json()["field"]) == (400, "environment")
+        assert api.run("print(1)")["stdout"] == "1\n"
+        build(folder, 2)
+        assert serving.wait_until(lambda: offered(api)["available"], SECONDS), server.tail()
+        assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["2", "2"]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("copied")
+def test_new_environment_that_others_could_change_is_not_offered(
+    folder: Path, start_server: Callable[..., Server]
+) -> None:
+    """Nor does it keep others from being offered. The log tells the fix once, and it is offered when that is done."""
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        made = build(folder, 1, called="elsewhere")
+        os.chmod(made.path, 0o777)
+        os.rename(made.path, folder / "environments/changing")
+        build(folder, 1, called="later")
+        assert serving.wait_until(lambda: "later" in names(api), SECONDS), server.tail()
+        time.sleep(2.5)
+        assert "changing" not in names(api)
+        assert server.tail().count("environment changing cannot be taken up") == 1
+        assert "fix: chown 0" in server.tail()
+        os.chmod(folder / "environments/changing", 0o755)
+        assert serving.wait_until(lambda: "changing" in names(api), SECONDS), server.tail()

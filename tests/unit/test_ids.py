@@ -7,6 +7,7 @@ import pytest
 from sandrun.errors import SetupError
 from sandrun.linux import ids
 from sandrun.linux.ids import BLOCK, choose_base
+from sandrun.spawner.walls import Walls
 
 HOST = "         0          0 4294967295\n"
 
@@ -34,3 +35,20 @@ def test_two_servers_of_one_host_have_no_id_in_common(monkeypatch, tmp_path):
     assert ids.claim(1879048192)[0] == first
     os.close(other)
     assert 1879048192 + ids.SERVERS * ids.STRIDE <= 1 << 31
+
+
+def test_ids_are_mapped_that_one_line_has():
+    text = "0 100000 1000\n1000 200000 1000\n"
+    assert ids.are_mapped(1000, 1000, uid_map=text)
+    assert not ids.are_mapped(999, 2, uid_map=text)
+    assert not ids.are_mapped(1001, 1000, uid_map=text)
+
+
+def test_environment_beyond_the_servers_own_ids_is_refused(monkeypatch):
+    """The ids behind a server's stride are another server's."""
+    monkeypatch.setattr(ids, "are_mapped", lambda first, count: True)
+    walls = Walls.__new__(Walls)
+    walls.uid_base = 1879048192 + BLOCK
+    assert walls.block(62) == 1879048192 + ids.STRIDE - BLOCK
+    with pytest.raises(SetupError, match="no ids are left for environment 63"):
+        walls.block(63)

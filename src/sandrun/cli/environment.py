@@ -1,7 +1,7 @@
 """Sets of Python packages that jobs ask for by name: `"environment": "data"` in a manifest.
 
 Packages are downloaded and built as an unprivileged user; what comes out is read-only in every job. A server that runs
-takes a new or changed set up when it is restarted.
+takes a new or changed set up by itself, and offers one that was removed until it ends.
 """
 
 from __future__ import annotations

@@ -36,6 +36,11 @@ def claim(first: int) -> tuple[int, int]:
     raise SetupError("uid range", 0, f"{SERVERS} servers run on this host, and have all ranges of ids")
 
 
+def are_mapped(first: int, count: int, *, uid_map: str | None = None) -> bool:
+    """Whether this user namespace has the ids from `first` on; `uid_map` as for `choose_base`."""
+    return any(inside <= first and first + count <= inside + length for inside, length in _parts(uid_map))
+
+
 def choose_base(wanted: int, blocks: int, *, uid_map: str | None = None) -> int:
     """First id of `blocks` blocks: `wanted` if the own map has them, else the second block of its largest part.
 
@@ -43,17 +48,18 @@ def choose_base(wanted: int, blocks: int, *, uid_map: str | None = None) -> int:
     `uid_map` is the text of /proc/self/uid_map, which is read if it is not given.
     Raises: SetupError if there is no room.
     """
-    if uid_map is None:
-        with open("/proc/self/uid_map") as file:
-            uid_map = file.read()
     need = BLOCK * blocks
-    largest = (0, 0)
-    for line in uid_map.splitlines():
-        inside, _, count = (int(word) for word in line.split())
-        if inside <= wanted and wanted + need <= inside + count:
-            return wanted
-        largest = max(largest, (count, inside))
-    count, inside = largest
+    if are_mapped(wanted, need, uid_map=uid_map):
+        return wanted
+    count, inside = max(((length, inside) for inside, length in _parts(uid_map)), default=(0, 0))
     if count < need + BLOCK:
         raise SetupError("uid range", 0, f"root here has {count} ids; {need + BLOCK} are needed (user_namespaces(7))")
     return inside + BLOCK
+
+
+def _parts(uid_map: str | None) -> list[tuple[int, int]]:
+    """First id and length of each line."""
+    if uid_map is None:
+        with open("/proc/self/uid_map") as file:
+            uid_map = file.read()
+    return [(int(words[0]), int(words[2])) for words in map(str.split, uid_map.splitlines())]

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sandrun.environments import Environment, hold
-from sandrun.errors import MissingLayer, ProtocolError, SandrunError, SetupError
-from sandrun.linux import cgroup, ids, memory, process
+from sandrun import environments
+from sandrun.environments import Environment
+from sandrun.errors import ConfigError, MissingLayer, ProtocolError, SandrunError, SetupError
+from sandrun.linux import cgroup, memory, process
 from sandrun.sandbox import messages, rootfs
 from sandrun.spawner import interpreters, nursery, protocol
 from sandrun.spawner.box import CANCELLED, SETUP_FAILED, Box
@@ -50,6 +51,7 @@ class Settings(NamedTuple):
     Attributes:
         waived: layers that may be missing.
         environments: package sets to offer beside the bare interpreter.
+        state_dir: where others may turn up later, "" for nowhere.
         uid_base: first host id of the sandboxes, in root mode.
         parked_share: the part of RAM that one environment's parked sandboxes may take.
         overrides: modules that a test replaces inside zygotes, to see that a broken wall is noticed.
@@ -61,6 +63,7 @@ class Settings(NamedTuple):
     interpreters: tuple[str, ...]
     environments: tuple[Environment, ...]
     parked_share: float
+    state_dir: str = ""
     overrides: tuple[tuple[str, bytes], ...] = ()
 
 
@@ -69,8 +72,8 @@ class Server:
 
     Attributes:
         boxes: sandboxes by slot. tickets: those that have a job, by its ticket. free: slots, a heap.
-        tenants: environments, in the order of `Start.environment`. beside: those that are to succeed one of
-            them, and those that end.
+        tenants: environments, in the order of `Start.environment`. beside: those that are to join them or to
+            succeed one of them, and those that end.
         serving: api was told the FACTS.
         installed: what tells one version of the interpreter's files from another, `interpreters.installed`.
     """
@@ -88,6 +91,8 @@ class Server:
         self.tenants: list[Tenant] = []
         self.beside: set[Tenant] = set()
         self.installed: tuple[int, ...] = ()
+        self._made = 0
+        self._unfit: dict[str, str] = {}
         self.short_of_memory = False
         self.serving = False
         self.stopping = False
@@ -136,35 +141,50 @@ class Server:
 
     def _prepare(self, cgroups: cgroup.Cgroups) -> None:
         settings = self.settings
+        self.cgroups = cgroups
         self.walls = Walls(cgroups, settings.waived, settings.uid_base, len(settings.environments) + 1)
         self.interpreters = interpreters.find(settings.rootfs, settings.interpreters)
         self.installed = interpreters.installed(settings.rootfs)
         self.archive = nursery.make_archive(dict(settings.overrides))
-        for number, environment in enumerate([None, *settings.environments]):
+        self.tenants.append(self._tenant(None))
+        for environment in settings.environments:
+            try:
+                self.tenants.append(self._tenant(environment))
+            except FileNotFoundError as error:
+                self.log(f"environment {environment.name}: {error}")  # removed since it was listed
+        for tenant in self.tenants:
+            tenant.start_zygote()
+
+    def _tenant(self, environment: Environment | None) -> Tenant:
+        """With ids and a cgroup of its own. Raises: SetupError if there are no ids for it; OSError."""
+        held = environments.hold(environment) if environment is not None else -1
+        try:
+            number = self._made
             argvs = {key: list(found.argv) for key, found in self.interpreters.items()}
             inside, path = "", nursery.PATH
             if environment is not None:
                 inside = f"{rootfs.ENVIRONMENTS}/{environment.name}"
                 path = f"{inside}/bin:{path}"
                 argvs["python3"] = [f"{inside}/bin/python3"]
-            base = self.walls.uid_base
             recipe = nursery.Recipe(
                 name=environment.name if environment is not None else "",
                 environment=environment.path if environment is not None else None,
-                rootfs=settings.rootfs,
+                rootfs=self.settings.rootfs,
                 python=argvs["python3"][0],
                 preload=environment.preload if environment is not None else (),
                 libraries=environment.libraries if environment is not None else (),
-                uid_base=None if base is None else base + ids.BLOCK * number,
+                uid_base=self.walls.block(number),
                 nest=self.walls.nest(argvs, path, inside),
             )
-            held = hold(environment) if environment is not None else -1
-            group = cgroups.group(f"z{number}") if cgroups.mode != "none" else None
+            group = self.cgroups.group(f"z{number}") if self.cgroups.mode != "none" else None
             if group is not None and recipe.uid_base is not None:
                 group.chown(recipe.uid_base, recipe.uid_base)
-            self.tenants.append(Tenant(self, recipe, group, environment, held))
-        for tenant in self.tenants:
-            tenant.start_zygote()
+            self._made += 1
+            return Tenant(self, recipe, group, environment, held)
+        except BaseException:
+            if held >= 0:
+                os.close(held)
+            raise
 
     def give_up(self) -> None:
         """The bare interpreter is withdrawn. While serving, the supervisor starts another spawner, which looks at the
@@ -264,6 +284,38 @@ class Server:
         self.installed = interpreters.installed(self.settings.rootfs)
         for tenant in self.tenants:
             tenant.renew_if_due()
+        if self.settings.state_dir and not self.short_of_memory:
+            self._look_for_new()
+
+    def _look_for_new(self) -> None:
+        """Environments that were built since we started."""
+        known = {tenant.name for tenant in [*self.tenants, *self.beside]}
+        for name in environments.names(self.settings.state_dir):
+            if name in known:
+                continue
+            try:
+                newcomer = self._tenant(environments.find(name, self.settings.state_dir))
+            except (OSError, ConfigError, SetupError) as error:
+                if self._unfit.get(name) != str(error):  # tried each second, said once
+                    self._unfit[name] = str(error)
+                    self.log(f"environment {name} cannot be taken up: {error}")
+                continue
+            newcomer.joins = True
+            self.beside.add(newcomer)
+            newcomer.start_zygote()
+
+    def joined(self, newcomer: Tenant) -> None:
+        """It is warm and tested, or withdrawn, which clients are told with the reason."""
+        self.tenants.append(newcomer)
+        facts = protocol.encode_facts(protocol.FACTS, self._facts())
+        if len(facts) > protocol.FACTS_BYTES:
+            self.log(f"environment {newcomer.title}: there are more than clients can be told of")
+            self.settings = self.settings._replace(state_dir="")
+            self.tenants.remove(newcomer)
+            newcomer.retire()
+            return
+        self.beside.discard(newcomer)
+        self._send(facts)
 
     def succeeded(self, tenant: Tenant, successor: Tenant) -> None:
         """A new zygote is warm and tested: what comes from now on is its."""

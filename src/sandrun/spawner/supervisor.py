@@ -96,7 +96,6 @@ def fork(main: Callable[[], int], *, close: list[socket.socket]) -> int:
 class Supervisor:
     def __init__(self, config: Config, serve_api: Callable[[socket.socket, socket.socket], int]) -> None:
         self.config = config
-        self.settings = settings_from(config)
         self.serve_api = serve_api
         self.spawner = 0
         self.api = 0
@@ -125,8 +124,14 @@ class Supervisor:
                     self._finish(self.spawner)
                     self._start_both()
 
+    def _start_spawner(self) -> socket.socket:
+        """With the environments that are there by now. Raises: ConfigError."""
+        settings = settings_from(self.config)._replace(state_dir=self.config.state_dir)
+        self.spawner, connection = start_spawner(settings)
+        return connection
+
     def _start_both(self) -> None:
-        self.spawner, connection = start_spawner(self.settings)
+        connection = self._start_spawner()
         ours, theirs = protocol.pair()
         previous = self.control
 
@@ -141,7 +146,7 @@ class Supervisor:
         self.control = ours
 
     def _replace_spawner(self) -> None:
-        self.spawner, connection = start_spawner(self.settings)
+        connection = self._start_spawner()
         assert self.control is not None
         try:
             protocol.send(self.control, b"N", [connection.fileno()])

@@ -60,6 +60,7 @@ class Tenant:
     Attributes:
         withdrawn: `step NUL errno NUL text` once no sandbox can be had here any more, else "".
         predecessor: which this one is to succeed as soon as it is warm and tested.
+        joins: it is to be offered beside the others as soon as it is warm and tested, or has a reason why not.
         retired: another serves in its place; it ends with the last job that it has.
     """
 
@@ -80,6 +81,7 @@ class Tenant:
         self.held = held
         self.environment = environment
         self.predecessor: Tenant | None = None
+        self.joins = False
         self.retired = False
         self._renewing = False
         self._due = time.monotonic() + ZYGOTE_SECONDS
@@ -161,23 +163,32 @@ class Tenant:
         self._renewed_after = time.monotonic() + AGAIN_SECONDS
 
     def _proven(self, reason: str) -> None:
-        """The self-test of a successor is over; `reason` as for `withdrawn`."""
+        """The self-test of a successor or newcomer is over; `reason` as for `withdrawn`."""
+        if self.joins:
+            if reason:
+                self._withdraw(reason)
+            else:
+                self.joins = False
+                self.server.joined(self)
+                self._match()
+                self.refill_soon()
+            return
         predecessor, self.predecessor = self.predecessor, None
         if predecessor is None:
             return  # withdrawn meanwhile, and that was told
         if reason:
             step, _, details = messages.read_failure(reason.encode())
             predecessor._go_on(f"{step}: {details}")
-            self._retire()
+            self.retire()
             return
         self.queue, predecessor.queue = predecessor.queue, {}
         self._starts = predecessor._starts
         self.server.succeeded(predecessor, self)
-        predecessor._retire()
+        predecessor.retire()
         self._match()
         self.refill_soon()
 
-    def _retire(self) -> None:
+    def retire(self) -> None:
         self.retired = True
         self.server.loop.drop(self._refill_timer)
         for box in [*self._ready, *self._building]:
@@ -281,7 +292,7 @@ class Tenant:
                 self.namespaces["cgroup"] = -1  # the host's; compared with that already
             self.warm = True
             self.server.loop.drop(self._deadline)
-            if self.predecessor is not None:
+            if self.predecessor is not None or self.joins:
                 self.server.tests.prove(self, self._proven)
                 return
             self._match()
@@ -335,7 +346,7 @@ class Tenant:
         failure = str(self.facts.pop("failure", "")) if not was_warm else ""
         if failure:
             self._withdraw(failure)
-        elif not self.namespaces or self.predecessor is not None:  # none was ever warm, or another serves
+        elif not self.namespaces or self.joins or self.predecessor is not None:  # it never served
             self._withdraw(f"zygote\0000\0it died with status {status} while starting")
         elif len(self._deaths) > RESTARTS:
             self._withdraw(f"zygote\0000\0it died {len(self._deaths)} times in {RESTART_SECONDS:.0f} s")
@@ -346,6 +357,7 @@ class Tenant:
     def _withdraw(self, failure: str) -> None:
         self.withdrawn = failure
         step, _, details = messages.read_failure(failure.encode())
+        joins, self.joins = self.joins, False
         predecessor, self.predecessor = self.predecessor, None
         if predecessor is not None:
             predecessor._go_on(f"{step}: {details}")
@@ -354,6 +366,8 @@ class Tenant:
             self.server.log(f"environment {self.title} is withdrawn: {step}: {details}")
         while self.queue:
             self._fail_oldest(failure.encode())
+        if joins:
+            self.server.joined(self)
         if predecessor is None and not self.name:
             self.server.give_up()
 

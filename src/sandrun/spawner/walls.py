@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sandrun.errors import MissingLayer
+from sandrun.errors import MissingLayer, SetupError
 from sandrun.linux import cgroup, ids, landlock, seccomp
 from sandrun.sandbox import policy, report, rootfs
 
@@ -50,6 +50,15 @@ class Walls:
             self.uid_base = ids.choose_base(uid_base, 1 + environments) + ids.BLOCK  # the first block is api's
         self.core_limit = 1 if _cores_are_piped() else 0
         self.missing = self._missing(cgroups)
+
+    def block(self, number: int) -> int | None:
+        """First host id of a zygote, by its number; None with one uid. Raises: SetupError if there is none left."""
+        if self.uid_base is None:
+            return None
+        first = self.uid_base + ids.BLOCK * number
+        if number + 2 > ids.STRIDE // ids.BLOCK or not ids.are_mapped(first, ids.BLOCK):
+            raise SetupError("uid range", 0, f"no ids are left for environment {number} of this server")
+        return first
 
     def _compile_filters(self) -> None:
         try:
