@@ -168,9 +168,9 @@ def test_job_cannot_use_more_cpu_than_its_limit(way: str, api: Api) -> None:
 @pytest.mark.requirement(21)
 def test_time_asleep_is_no_cpu_time(api: Api) -> None:
     need(api, "cpu")
-    result = api.run("import time; time.sleep(0.6); print('slept')", cpu_seconds=0.3)
+    result = api.run("import time; time.sleep(2); print('slept')", cpu_seconds=1)
     assert (result["outcome"], result["stdout"]) == ("exited", "slept\n")
-    assert metadata(result)["cpu_seconds"] < 0.3
+    assert metadata(result)["cpu_seconds"] < 1  # in user-mode Linux a moment that its host takes away counts
 
 
 @pytest.mark.requirement(21)

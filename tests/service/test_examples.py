@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -212,19 +213,32 @@ def test_ninety_megabytes_go_in(client: Client, tmp_path: Path) -> None:
     assert (report["bytes"], report["sha256"]) == (90_000_000, digest)
 
 
-# ---- the environment `data` --------------------------------------------------------------------------------
+# ---- environments ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data_client() -> Iterator[Client]:
+@contextlib.contextmanager
+def client_of(environment: str) -> Iterator[Client]:
     with (
-        packages.state_directory("data") as state,
+        packages.state_directory(environment) as state,
         serving.running("--state-dir", state) as server,
         Client(server.url) as client,
     ):
         yield client
 
 
+@pytest.fixture(scope="module")
+def data_client() -> Iterator[Client]:
+    with client_of("data") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def web_client() -> Iterator[Client]:
+    with client_of("web") as client:
+        yield client
+
+
+@pytest.mark.once
 def test_numpy_pandas_and_matplotlib_make_a_picture(data_client: Client, tmp_path: Path) -> None:
     ran = run(data_client, EXAMPLES / "data-science", tmp_path)
     assert ran.files.keys() == {"weather.png", "monthly.csv"}
@@ -239,33 +253,34 @@ def test_numpy_pandas_and_matplotlib_make_a_picture(data_client: Client, tmp_pat
     assert ran.result.metadata["environment"] == "data"
 
 
-def test_job_cannot_write_to_its_environment(data_client: Client) -> None:
+def test_job_cannot_write_to_its_environment(web_client: Client) -> None:
     code = """
-import errno, os, numpy
-path = os.path.dirname(numpy.__file__)
-assert path.startswith("/environments/data/"), path
-for attempt in (lambda: open(path + "/planted", "w"), lambda: os.unlink(numpy.__file__), lambda: os.chmod(path, 0o777)):
+import errno, os, requests
+file = requests.__file__
+path = os.path.dirname(file)
+assert path.startswith("/environments/web/"), path
+for attempt in (lambda: open(path + "/planted", "w"), lambda: os.unlink(file), lambda: os.chmod(path, 0o777)):
     try:
         attempt()
     except OSError as error:
         print(errno.errorcode[error.errno])
 """
-    result = data_client.run(code, environment="data")
+    result = web_client.run(code, environment="web")
     assert (result.stdout, result.stderr) == ("EROFS\n" * 3, "")
 
 
-def test_job_without_the_environment_does_not_see_it(data_client: Client) -> None:
-    result = data_client.run("import os; print(os.listdir('/environments'))\nimport numpy")
+def test_job_without_the_environment_does_not_see_it(web_client: Client) -> None:
+    result = web_client.run("import os; print(os.listdir('/environments'))\nimport requests")
     assert result.stdout == "[]\n"
     assert result.stderr is not None
-    assert "No module named 'numpy'" in result.stderr
+    assert "No module named 'requests'" in result.stderr
 
 
-def test_server_tells_its_environments_with_packages_and_digest(data_client: Client) -> None:
+def test_server_tells_its_environments_with_packages_and_digest(web_client: Client) -> None:
     import httpx2
 
     (told,) = [
-        one for one in httpx2.get(f"{data_client.url}/environments").json()["environments"] if one["name"] == "data"
+        one for one in httpx2.get(f"{web_client.url}/environments").json()["environments"] if one["name"] == "web"
     ]
-    assert set(packages.PACKAGES["data"]) <= told["packages"].keys()
+    assert set(packages.PACKAGES["web"]) <= told["packages"].keys()
     assert re.fullmatch(r"[0-9a-f]{64}", told["digest"])
