@@ -238,7 +238,7 @@ NOT_COLD = (
 )
 """What looks at the interpreter, the clock, the server's own processes or the load, not at what a sandbox keeps out."""
 ALIKE = (IN_PLACE, "tests/service/test_environments.py", "tests/service/test_environment_rebuilt.py")
-"""What takes long and can depend neither on who runs it nor on the kernel. Single tests like that are marked `once`."""
+"""What takes long and answers alike for every user and kernel. Single tests like that are marked `once`."""
 IN_NO_VM = ("tests/service/test_cli.py", "tests/service/test_api_document.py")
 """What an ordinary user sees differently, a kernel does not."""
 

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import ENOENT
 from typing import Any
@@ -142,13 +142,19 @@ def list_(state_dir: str) -> list[Environment]:
 
     Raises: ConfigError for one that others than root and this user could have changed, or without a description.
     """
-    return [find(name, state_dir) for name in names(state_dir)]
+    found = []
+    for name in names(state_dir):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            found.append(find(name, state_dir))
+    return found
 
 
 def names(state_dir: str) -> list[str]:
-    """What environments are called that are there, sorted."""
+    """What environments are called that are there, sorted. Raises: ConfigError as `list_`; OSError."""
+    base = os.path.join(state_dir, "environments")
     try:
-        found = os.listdir(os.path.join(state_dir, "environments"))
+        _check_owner(base)
+        found = os.listdir(base)
     except FileNotFoundError:
         return []
     return sorted(name for name in found if _NAME.match(name) and _UNFINISHED not in name)

@@ -128,6 +128,21 @@ def test_all_descriptors_are_closed_on_exec(cgroups):
     assert [path for path in inheritable if "cgroup" in path or "eventfd" in path] == []
 
 
+def test_group_that_cannot_be_made_leaves_nothing(cgroups, monkeypatch, no_new_descriptors):
+    """It is tried again: an environment that turns up while a server has no descriptors left."""
+
+    def refuse(hierarchy, path):
+        raise OSError(errno.EMFILE, "refused by a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "enable_below", refuse)
+        with pytest.raises(OSError, match="refused by a test"):
+            cgroups.group("z0")
+    made = cgroups.group("z0")
+    made.create("j1").remove()
+    made.close()
+
+
 def test_zygote_may_start_processes_only_in_what_it_was_given(cgroups):
     if cgroups.unified < 0:
         pytest.skip("pure v1 is entered by descriptors that the spawner opened")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -25,6 +26,16 @@ SECONDS = 20.0
 IN_ZYGOTE = "import os\nif os.getpid() == 1: "
 LATE = "import sys, time; print(sys.modules['changing'].VERSION, flush=True); time.sleep(%s); import changing_late; "
 LATE += "print(changing_late.VERSION)"
+
+no_good = pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise ValueError('not in a zygote')", "preload changing: ValueError: not in a zygote"),
+        ("import builtins; builtins.print = lambda *text, **more: None", "self-test: exited, exit code 0"),
+    ],
+    ids=["loads", "works"],
+)
+"""What a module may do in a zygote, and what is then told."""
 
 
 def build(folder: Path, version: int, more: str = "", called: str = "changing") -> environments.Environment:
@@ -123,14 +134,7 @@ def test_rebuilt_environment_is_found_by_jobs_that_begin_later(
         assert api.logs(before) == "1\n1\n"
 
 
-@pytest.mark.parametrize(
-    ("code", "told"),
-    [
-        ("raise ValueError('not in a zygote')", "preload changing: ValueError: not in a zygote"),
-        ("import builtins; builtins.print = lambda *text, **more: None", "self-test: exited, exit code 0"),
-    ],
-    ids=["loads", "works"],
-)
+@no_good
 @pytest.mark.usefixtures("copied")
 def test_rebuilt_environment_that_is_no_good_leaves_the_old_one_to_its_jobs(
     code: str, told: str, folder: Path, start_server: Callable[..., Server]
@@ -208,14 +212,7 @@ def test_new_environment_is_offered_when_it_is_built(folder: Path, start_server:
         assert [says(api, kind) for kind in (IN_PLACE, FRESH)] == ["2", "2"]
 
 
-@pytest.mark.parametrize(
-    ("code", "told"),
-    [
-        ("raise ValueError('not in a zygote')", "preload changing: ValueError: not in a zygote"),
-        ("import builtins; builtins.print = lambda *text, **more: None", "self-test: exited, exit code 0"),
-    ],
-    ids=["loads", "works"],
-)
+@no_good
 @pytest.mark.usefixtures("copied")
 def test_new_environment_that_is_no_good_is_told_with_the_reason(
     code: str, told: str, folder: Path, start_server: Callable[..., Server]
@@ -255,3 +252,40 @@ def test_new_environment_that_others_could_change_is_not_offered(
         assert "fix: chown 0" in server.tail()
         os.chmod(folder / "environments/changing", 0o755)
         assert serving.wait_until(lambda: "changing" in names(api), SECONDS), server.tail()
+
+
+def test_environments_that_cannot_be_listed_end_nothing(folder: Path, start_server: Callable[..., Server]) -> None:
+    """They are found when they can be."""
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        spawner = server.part("spawner").pid
+        (folder / "environments").touch()
+        told = f"environments cannot be listed: {folder}/environments is not a directory"
+        assert serving.wait_until(lambda: told in server.tail(), SECONDS), server.tail()
+        time.sleep(2.5)
+        assert server.part("spawner").pid == spawner
+        assert server.tail().count(told) == 1
+        assert api.run("print(1)")["stdout"] == "1\n"
+
+
+@pytest.mark.usefixtures("copied")
+def test_environment_that_is_too_much_to_tell_is_left_out(folder: Path, start_server: Callable[..., Server]) -> None:
+    """The others go on: clients hear of all in one message, and it has a bound."""
+    build(folder, 1)
+    server = start_server("--state-dir", str(folder))
+    with httpx2.Client(base_url=server.url, timeout=60) as http:
+        api = Api(http)
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir()
+        made = build(elsewhere, 1)
+        described = Path(made.path, environments.DESCRIPTION)
+        value = json.loads(described.read_text())
+        value["packages"] = {os.urandom(16).hex(): "1" for _ in range(20_000)}
+        described.write_text(json.dumps(value))
+        os.rename(made.path, folder / "environments/large")
+        told = "environment large is left out: they have more packages and modules than clients can be told of"
+        assert serving.wait_until(lambda: told in server.tail(), SECONDS), server.tail()
+        assert serving.wait_until(lambda: not [p for p in server.descendants() if "zygote large" in p.title], SECONDS)
+        assert names(api) == ["changing"]
+        assert says(api, IN_PLACE) == "1"

@@ -215,11 +215,15 @@ class Group:
         self.owner: tuple[int, int] | None = None
         self.directories: list[int] = []
         self.members: dict[str, Cgroup] = {}
-        for parent in cgroups.directories:
-            os.mkdir(name, 0o755, dir_fd=parent)
-            self.directories.append(os.open(name, DIRECTORY, dir_fd=parent))
-        enable_below(cgroups.hierarchy, f"/{cgroups.name}/{name}")
-        self.own = self.create(OWN)
+        try:
+            for parent in cgroups.directories:
+                os.mkdir(name, 0o755, dir_fd=parent)
+                self.directories.append(os.open(name, DIRECTORY, dir_fd=parent))
+            enable_below(cgroups.hierarchy, f"/{cgroups.name}/{name}")
+            self.own = self.create(OWN)
+        except BaseException:
+            self.close()
+            raise
 
     def chown(self, uid: int, gid: int) -> None:
         """Let `uid` start processes here: it gets `cgroup.procs` of the subtree and of all sandboxes made from now on.

@@ -128,7 +128,7 @@ class Server:
             self.tests = SelfTests(self)
             self.tests.run()
             self._insist()
-            self._send(protocol.encode_facts(protocol.FACTS, self._facts()))
+            self._send(self._encoded_facts())
             self.serving = True
             self.connection.setblocking(False)
             self.loop.watch(self.connection.fileno(), self._on_api)
@@ -146,18 +146,20 @@ class Server:
         self.interpreters = interpreters.find(settings.rootfs, settings.interpreters)
         self.installed = interpreters.installed(settings.rootfs)
         self.archive = nursery.make_archive(dict(settings.overrides))
-        self.tenants.append(self._tenant(None))
+        self.tenants.append(self._tenant(None, -1))
         for environment in settings.environments:
             try:
-                self.tenants.append(self._tenant(environment))
-            except FileNotFoundError as error:
-                self.log(f"environment {environment.name}: {error}")  # removed since it was listed
+                held = environments.hold(environment)
+            except FileNotFoundError as error:  # removed since it was listed
+                self.log(str(error))
+                continue
+            self.tenants.append(self._tenant(environment, held))
         for tenant in self.tenants:
             tenant.start_zygote()
 
-    def _tenant(self, environment: Environment | None) -> Tenant:
-        """With ids and a cgroup of its own. Raises: SetupError if there are no ids for it; OSError."""
-        held = environments.hold(environment) if environment is not None else -1
+    def _tenant(self, environment: Environment | None, held: int) -> Tenant:
+        """With ids and a cgroup of its own. Takes over `held`. Raises: SetupError if there are no ids left; OSError."""
+        group: cgroup.Group | None = None
         try:
             number = self._made
             argvs = {key: list(found.argv) for key, found in self.interpreters.items()}
@@ -182,6 +184,8 @@ class Server:
             self._made += 1
             return Tenant(self, recipe, group, environment, held)
         except BaseException:
+            if group is not None:
+                group.close()
             if held >= 0:
                 os.close(held)
             raise
@@ -290,26 +294,36 @@ class Server:
     def _look_for_new(self) -> None:
         """Environments that were built since we started."""
         known = {tenant.name for tenant in [*self.tenants, *self.beside]}
-        for name in environments.names(self.settings.state_dir):
-            if name in known:
-                continue
+        state_dir = self.settings.state_dir
+        try:
+            new = [name for name in environments.names(state_dir) if name not in known]
+        except (OSError, ConfigError) as error:
+            self._cannot("environments cannot be listed", error)
+            return
+        for name in new:
             try:
-                newcomer = self._tenant(environments.find(name, self.settings.state_dir))
+                environment = environments.find(name, state_dir)
+                newcomer = self._tenant(environment, environments.hold(environment))
             except (OSError, ConfigError, SetupError) as error:
-                if self._unfit.get(name) != str(error):  # tried each second, said once
-                    self._unfit[name] = str(error)
-                    self.log(f"environment {name} cannot be taken up: {error}")
+                self._cannot(f"environment {name} cannot be taken up", error)
                 continue
             newcomer.joins = True
             self.beside.add(newcomer)
             newcomer.start_zygote()
 
+    def _cannot(self, what: str, error: Exception) -> None:
+        """It is tried each second, and said once."""
+        if self._unfit.get(what) != str(error):
+            self._unfit[what] = str(error)
+            self.log(f"{what}: {error}")
+
     def joined(self, newcomer: Tenant) -> None:
         """It is warm and tested, or withdrawn, which clients are told with the reason."""
         self.tenants.append(newcomer)
-        facts = protocol.encode_facts(protocol.FACTS, self._facts())
-        if len(facts) > protocol.FACTS_BYTES:
-            self.log(f"environment {newcomer.title}: there are more than clients can be told of")
+        try:
+            facts = self._encoded_facts()
+        except SetupError as error:
+            self.log(f"environment {newcomer.title} is left out: {error.details}")
             self.settings = self.settings._replace(state_dir="")
             self.tenants.remove(newcomer)
             newcomer.retire()
@@ -348,6 +362,13 @@ class Server:
                 self.stopping = True
                 return
             self._outbox.pop(0)
+
+    def _encoded_facts(self) -> bytes:
+        """Raises: SetupError if they are longer than api takes."""
+        facts = protocol.encode_facts(protocol.FACTS, self._facts())
+        if len(facts) > protocol.FACTS_BYTES:
+            raise SetupError("environments", 0, "they have more packages and modules than clients can be told of")
+        return facts
 
     def _facts(self) -> dict[str, Any]:
         offered: dict[str, dict[str, Any]] = {}
