@@ -6,10 +6,18 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")
 _OF_A_SERVER = re.compile(r"sandrun-[0-9]+(-[0-9]+)?")
+USER_MODE = "User Mode Linux" in Path("/proc/cpuinfo").read_text()
+"""Each fork, page fault and end of a process is work of this kernel's own host: a hundred ends take a second."""
+
+
+def within(seconds: float) -> float:
+    """The time in which something is promised to be over: `seconds`, or ten times that in user-mode Linux."""
+    return seconds * 10 if USER_MODE else seconds
 
 
 @dataclass(frozen=True, slots=True)

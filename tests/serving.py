@@ -38,8 +38,8 @@ def free_port() -> int:
 
 
 def wait_until(true: Any, seconds: float, step: float = 0.02) -> bool:
-    """Whether `true()` came true in this time."""
-    end = time.monotonic() + seconds
+    """Whether `true()` came true in this time (`host.within`)."""
+    end = time.monotonic() + host.within(seconds)
     while not true():
         if time.monotonic() > end:
             return bool(true())

@@ -183,4 +183,4 @@ def test_time_stopped_counts_for_the_wall_clock(insides: dict[str, Inside], runn
         stopping(job)(True)
         result = job.wait()
     assert result["outcome"] == "timeout"
-    assert result["execution_metadata"]["wall_seconds"] < 3
+    assert result["execution_metadata"]["wall_seconds"] < 2 + host.within(1)

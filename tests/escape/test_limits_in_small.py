@@ -10,6 +10,7 @@ import os
 import pytest
 
 from sandrun.model import MIB
+from tests import host
 from tests.escape.limits import metadata, need
 from tests.escape.probing import Inside, held
 from tests.serving import Api, Server
@@ -55,21 +56,21 @@ import os, time
 if os.fork() == 0:
     kept = bytearray(b"x") * (160 << 20)
     os._exit(0)
-for _ in range(40):
+for _ in range(200):
     time.sleep(0.1)
 print("went on")
 """
     result = api.run(code, memory_mb=64)
     assert (result["outcome"], result["stdout"]) == ("memory_limit", "")
-    assert metadata(result)["wall_seconds"] < 3
+    assert metadata(result)["wall_seconds"] < host.within(3)
 
 
 @pytest.mark.requirement(21)
-def test_four_seconds_are_too_many_for_one(api: Api) -> None:
-    result = api.run("import time; open('made', 'w').write('x'); time.sleep(4)", timeout=1, outputs=["made"])
+def test_twenty_seconds_are_too_many_for_one(api: Api) -> None:
+    result = api.run("import time; open('made', 'w').write('x'); time.sleep(20)", timeout=1, outputs=["made"])
     assert result["outcome"] == "timeout"
     assert [file["path"] for file in result["output_files"]] == ["made"]
-    assert 1 <= metadata(result)["wall_seconds"] < 2
+    assert 1 <= metadata(result)["wall_seconds"] < 1 + host.within(1)
 
 
 @pytest.mark.requirement(21)
@@ -77,7 +78,7 @@ def test_three_seconds_of_cpu_are_too_many_for_a_third(api: Api) -> None:
     need(api, "cpu")
     result = api.run("import time\nwhile time.process_time() < 3: pass\n", cpu_seconds=0.3, timeout=20)
     assert result["outcome"] == "cpu_limit"
-    assert metadata(result)["cpu_seconds"] < 0.6
+    assert metadata(result)["cpu_seconds"] < 0.3 + host.within(0.3)
 
 
 @pytest.mark.requirement(24)
@@ -93,14 +94,14 @@ def test_child_that_outlives_the_entrypoint_says_nothing_more(api: Api) -> None:
 import os, time
 if os.fork() == 0:
     os.setsid()
-    time.sleep(0.5)
+    time.sleep(10)
     print("late", flush=True)
     open("late", "w").close()
     os._exit(0)
 """
     result = api.run(code, outputs=["late"])
     assert (result["outcome"], result["stdout"], result["output_files"]) == ("exited", "", [])
-    assert metadata(result)["wall_seconds"] < 0.5
+    assert metadata(result)["wall_seconds"] < 10
 
 
 @pytest.mark.root

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from sandrun.model import LOG_BYTES, MIB
-from tests import serving
+from tests import host, serving
 from tests.escape.limits import metadata, resident
 from tests.serving import Api
 
@@ -82,7 +82,7 @@ def test_endless_output_ends_with_the_job(api: Api, running_server: serving.Serv
     assert result["truncated"]["stdout"] > 10 * MIB
     assert exact(api, job_id, "stdout") == b"y\n" * (LOG_BYTES // 2)
     assert most < before + 64 * MIB
-    assert slowest < 1
+    assert slowest < host.within(1)
     assert api.http.delete(f"/jobs/{job_id}").status_code == 204
 
 
@@ -94,9 +94,9 @@ def test_job_does_not_wait_for_a_reader_who_reads_nothing(api: Api) -> None:
         assert stalled.status_code == 200
         began = time.monotonic()
         result = api.wait(job_id)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < host.within(20)
     assert (result["outcome"], result["exit_code"]) == ("exited", 0)
-    assert metadata(result)["wall_seconds"] < 10
+    assert metadata(result)["wall_seconds"] < host.within(10)
 
 
 def test_invalid_utf8_is_replaced_in_text_and_kept_in_bytes(api: Api) -> None:

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from sandrun.model import MIB
-from tests import serving
+from tests import host, serving
 from tests.escape.limits import FILL, meminfo, metadata, need, returns_to
 from tests.serving import Api
 
@@ -113,12 +113,12 @@ open("written", "w").write("before")
 for number in range(10):
     if os.fork() == 0:
         kept = bytearray(b"x") * (80 << 20)
-        time.sleep(20)
-time.sleep(20)
+        time.sleep(90)
+time.sleep(90)
 """
-    result = api.run(code, outputs=["written"], timeout=30)
+    result = api.run(code, outputs=["written"], timeout=90)
     assert_memory_limit(result)
-    assert metadata(result)["wall_seconds"] < 10
+    assert metadata(result)["wall_seconds"] < host.within(10)
     assert result["stdout"] == "begun\n"
     (kept,) = result["output_files"]
     assert base64.b64decode(kept["content_base64"]) == b"before"

@@ -60,7 +60,7 @@ if libc.vfork() == 0:  # its parent sleeps, deaf to all but SIGKILL, until it is
 
 def assert_timeout(result: dict[str, Any], limit: float) -> None:
     assert (result["outcome"], result["status"], result["exit_code"]) == ("timeout", "failed", None), result
-    assert limit <= metadata(result)["wall_seconds"] < limit + 1
+    assert limit <= metadata(result)["wall_seconds"] < limit + host.within(1)
     assert result["stdout"] == "begun\n"
     (kept,) = result["output_files"]
     assert base64.b64decode(kept["content_base64"]) == b"before"
@@ -73,7 +73,7 @@ def test_job_cannot_outlive_its_wall_limit_when_it(way: str, api: Api, running_s
     began = time.monotonic()
     result = api.run(DEAF + WAYS[way], timeout=1, outputs=["written"])
     assert_timeout(result, 1)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < host.within(4)
     assert running_server.idle()
 
 
@@ -111,7 +111,7 @@ def test_frozen_job_cannot_outlive_its_wall_limit(api: Api, running_server: serv
             result = job.wait()
     assert (result["outcome"], result["stdout"]) == ("timeout", "begun\n")
     assert [(kept["path"], kept["size"]) for kept in result["output_files"]] == [("written", 6)]
-    assert 2 <= metadata(result)["wall_seconds"] < 3
+    assert 2 <= metadata(result)["wall_seconds"] < 2 + host.within(1)
     assert running_server.idle()
 
 
@@ -162,7 +162,7 @@ def test_job_cannot_use_more_cpu_than_its_limit(way: str, api: Api) -> None:
     result = api.run("print('begun', flush=True)\n" + CPU_WAYS[way], cpu_seconds=0.4, timeout=30)
     assert (result["outcome"], result["status"], result["exit_code"]) == ("cpu_limit", "failed", None)
     assert result["stdout"] == "begun\n"
-    assert 0.4 <= metadata(result)["cpu_seconds"] < 0.6
+    assert 0.4 <= metadata(result)["cpu_seconds"] < 0.4 + host.within(0.2)
 
 
 @pytest.mark.requirement(21)
@@ -178,7 +178,7 @@ def test_wall_limit_comes_first_if_it_is_shorter(api: Api) -> None:
     need(api, "cpu")
     result = api.run(SPIN, cpu_seconds=20, timeout=1)
     assert result["outcome"] == "timeout"
-    assert metadata(result)["cpu_seconds"] <= 1.5
+    assert metadata(result)["cpu_seconds"] <= 1 + host.within(0.5)
 
 
 # ---- the end of the entrypoint -----------------------------------------------------------------------------
@@ -216,7 +216,7 @@ while not os.path.exists("ready"):
     began = time.monotonic()
     result = api.run(code, outputs=["grows"], keep=True, timeout=30)
     assert (result["outcome"], result["exit_code"]) == ("exited", 0)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < host.within(5)
     assert running_server.idle(0.5)
     (file,) = result["output_files"]
     content = api.download(result["job_id"], "grows")
@@ -234,7 +234,7 @@ def test_holder_of_stdout_does_not_hold_up_the_end(deaf: str, api: Api, running_
     result = api.run(code, timeout=30)
     assert (result["outcome"], result["exit_code"]) == ("exited", 0)
     assert "over\n" in result["stdout"]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < host.within(5)
     assert running_server.idle(0.5)
 
 
@@ -257,7 +257,7 @@ if daemonise():
 def test_job_is_over_when_its_entrypoint_is_killed(api: Api) -> None:
     result = api.run("import os, time\nif os.fork() == 0: time.sleep(60)\nos.kill(os.getpid(), 9)\n", timeout=30)
     assert (result["outcome"], result["signal"], result["exit_code"]) == ("signaled", 9, None)
-    assert metadata(result)["wall_seconds"] < 5
+    assert metadata(result)["wall_seconds"] < host.within(5)
 
 
 @pytest.mark.requirement(23)

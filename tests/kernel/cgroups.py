@@ -13,6 +13,7 @@ from pathlib import Path
 from sandrun.linux import process
 from sandrun.linux.cgroup import Cgroup, Cgroups
 from sandrun.linux.hierarchy import Hierarchy, detect, remove_leftovers
+from tests import host
 
 MB = 1 << 20
 GUEST = 1879048192  # a uid that is nobody
@@ -32,7 +33,7 @@ def directories(cgroups: Cgroups) -> list[Path]:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + host.within(seconds)
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.002)

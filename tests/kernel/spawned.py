@@ -24,7 +24,7 @@ from sandrun.spawner import nursery, protocol, server, supervisor
 from sandrun.spawner.client import Ended, Order, SpawnerClient
 from tests import host, serving
 
-END_SECONDS = 12.0
+END_SECONDS = host.within(12.0)
 UID_BASE = 1879048192
 SAY = "import ctypes, time; print('begun', flush=True); ctypes.CDLL(None).prctl(15, b'begun', 0, 0, 0); time.sleep(60)"
 """A job that has said `begun` on its stdout when its process is called so."""
@@ -91,7 +91,7 @@ class Spawned:
         parser = OutputsParser()
         streams = asyncio.gather(*(_read(fd) for fd in (sandbox.stdout, sandbox.stderr, sandbox.outputs)))
         ended = await asyncio.wait_for(asyncio.shield(sandbox.ended), timeout + 60)
-        stdout, stderr, collected = await asyncio.wait_for(streams, 5)
+        stdout, stderr, collected = await asyncio.wait_for(streams, host.within(5))
         outputs = {file.path: bytes(data) for file, data in parser.feed(collected)}
         return Done(ended, stdout.decode(errors="replace"), stderr.decode(errors="replace"), outputs, parser.ended)
 

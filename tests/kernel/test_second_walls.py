@@ -127,9 +127,9 @@ async def test_init_that_does_not_listen_is_killed_with_its_job(tmp_path: Path) 
     async with spawned(tmp_path, deaf) as one:
         await one.client.ready()
         began = time.monotonic()
-        done = await one.run("import time; print('begun', flush=True); time.sleep(6)", timeout=1)
+        done = await one.run("import time; print('begun', flush=True); time.sleep(60)", timeout=1)
     assert (done.ended.outcome, done.stdout) == (Outcome.TIMEOUT, "begun\n")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < host.within(3)
 
 
 @pytest.mark.requirement(31)
@@ -139,14 +139,14 @@ async def test_collector_that_hangs_is_killed(tmp_path: Path) -> None:
     def patch() -> None:
         box.COLLECT_SECONDS = 0.3
 
-    slow = {"sandbox/collect": (source("sandbox/collect") + "\ndef collect(*_): time.sleep(6)\n").encode()}
+    slow = {"sandbox/collect": (source("sandbox/collect") + "\ndef collect(*_): time.sleep(60)\n").encode()}
     async with spawned(tmp_path, slow, patch=patch) as one:
         await one.client.ready()
         began = time.monotonic()
         done = await one.run()
     assert (done.ended.outcome, done.ended.exit_code, done.stdout) == (Outcome.EXITED, 0, "hello\n")
     assert not done.complete
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < host.within(3)
 
 
 # ---- the collector -----------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ async def test_cancelled_job_that_cannot_be_thawed_is_killed_and_no_other(tmp_pa
         running = asyncio.create_task(one.run(SAY))
         await one.wait_for("begun")
         one.client.send(protocol.encode_cancel(one.client._ticket))
-        done = await asyncio.wait_for(running, 5)
+        done = await asyncio.wait_for(running, host.within(5))
         assert (done.ended.outcome, done.stdout) == (Outcome.CANCELLED, "begun\n")
         assert (await one.run()).stdout == "hello\n"
 
@@ -377,7 +377,7 @@ async def test_no_job_is_given_to_a_sandbox_whose_zygote_is_dead(tmp_path: Path)
         (zygote,) = (p for p in host.descendants(one.pid) if p.parent == one.pid)
         os.kill(zygote.pid, signal.SIGKILL)
         assert serving.wait_until(lambda: is_gone(zygote.pid), 5)
-        done = await asyncio.wait_for(one.run(), 5)
+        done = await asyncio.wait_for(one.run(), host.within(5))
         assert (done.ended.outcome, done.stdout) == (Outcome.EXITED, "hello\n")
 
 
@@ -389,7 +389,7 @@ async def test_zygote_that_was_killed_is_replaced_and_its_job_lost(tmp_path: Pat
         await one.wait_for("begun")
         (zygote,) = (p for p in host.descendants(one.pid) if p.parent == one.pid)
         os.kill(zygote.pid, signal.SIGKILL)
-        lost = await asyncio.wait_for(running, 3)
+        lost = await asyncio.wait_for(running, host.within(3))
         assert (lost.ended.outcome, lost.stdout) == (Outcome.WORKER_LOST, "begun\n")
-        again = await asyncio.wait_for(one.run(), 5)
+        again = await asyncio.wait_for(one.run(), host.within(5))
         assert (again.ended.outcome, again.stdout) == (Outcome.EXITED, "hello\n")

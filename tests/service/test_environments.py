@@ -358,7 +358,7 @@ def test_numpy_costs_no_start(api: Api) -> None:
         "import time; t = time.perf_counter()\nimport numpy, pandas, matplotlib.pyplot\nprint(time.perf_counter() - t)"
     )
     seconds = [says(api, code, kind) for kind in KINDS]
-    assert seconds[0] < 0.002 < 0.05 < seconds[1]
+    assert seconds[0] * 10 < seconds[1]
 
 
 THREADS = """

@@ -130,7 +130,7 @@ def test_snapshot_does_not_wait_long_for_a_clock_set_back(work: Path, monkeypatc
     monkeypatch.setattr("sandrun.sandbox.collect.time.clock_gettime_ns", lambda clock: 0)
     start = time.monotonic()
     snapshot(str(work))
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 10
 
 
 def test_asked_for_are_unchanged_files_too_and_pycache(work: Path):

@@ -81,7 +81,7 @@ def test_fifo_that_takes_a_files_place_holds_nobody_up(work: Path, monkeypatch: 
         except OSError:
             pass
 
-    rescue = threading.Timer(2, let_go)
+    rescue = threading.Timer(20, let_go)
     rescue.start()
     began = time.monotonic()
     with monkeypatch.context() as patched:
@@ -90,7 +90,7 @@ def test_fifo_that_takes_a_files_place_holds_nobody_up(work: Path, monkeypatch: 
     took = time.monotonic() - began
     rescue.cancel()
     assert found == ({"b": b"b"}, 1)
-    assert took < 1.5
+    assert took < 10
 
 
 def test_file_that_shrinks_while_it_is_read_is_not_sent(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
