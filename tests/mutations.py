@@ -47,9 +47,15 @@ class Mutation:
         path = tree / self.file
         text = path.read_text()
         changed = text.replace(self.old, self.new)
-        compile(changed, self.file, "exec")  # a syntax error would fail every test and prove nothing
-        path.write_text(changed)
+        if self.file.endswith(".py"):
+            compile(changed, self.file, "exec")  # a syntax error would fail every test and prove nothing
+        self.write(tree, changed)
         return text
+
+    def write(self, tree: Path, text: str) -> None:
+        (tree / self.file).write_text(text)
+        if self.file.endswith(".c"):
+            subprocess.run([tree / "scripts/compile"], check=True)
 
 
 def load(text: str) -> list[Mutation]:
@@ -147,7 +153,7 @@ def survives(mutation: Mutation, free: queue.SimpleQueue[Path]) -> bool:
         try:
             after = outcomes(tree, list(mutation.tests))
         finally:
-            (tree / mutation.file).write_text(former)
+            mutation.write(tree, former)
     finally:
         free.put(tree)
     wrong = {test: verdict for test, verdict in after.items() if verdict != "failed"}

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from tests import host, packages, serving  # noqa: E402
 
 RESULTS = ROOT / ".test-results"
+LIBRARY = "src/sandrun/linux/libcalls.so"
 ALL_SECONDS = 25 * 60
 STARTED = time.monotonic()
 VM_MEMORY_MB = 3072
@@ -121,6 +122,7 @@ def copy_tree(target: Path, *, venv: bool) -> None:
 
 
 def copy_venv(target: Path) -> None:
+    shutil.copy2(ROOT / LIBRARY, target / LIBRARY)
     shutil.copytree(ROOT / ".venv", target / ".venv", symlinks=True, ignore=shutil.ignore_patterns("ruff*"))
     old, new = os.fsencode(ROOT), os.fsencode(target)
     for file in [*(target / ".venv/bin").iterdir(), *(target / ".venv").glob("lib/*/site-packages/*.pth")]:

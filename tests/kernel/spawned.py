@@ -9,7 +9,9 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,18 +270,37 @@ def hear_late(kind: type, name: str, seconds: float) -> None:
     setattr(kind, name, heard)
 
 
+def rebuilt(old: str, new: str) -> dict[str, bytes]:
+    """linux/calls.c with one text in the place of another, compiled."""
+    text = Path(nursery.PACKAGE, "linux/calls.c").read_text()
+    assert text.count(old) == 1, f"calls.c has {text.count(old)} times {old!r}"
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "calls.c").write_text(text.replace(old, new))
+        command = [Path(__file__).parents[2] / "scripts/compile", Path(name, "calls.c"), Path(name, "library")]
+        subprocess.run(command, check=True)
+        return {nursery.LIBRARY: Path(name, "library").read_bytes()}
+
+
+def sleeping(before: str, seconds: float) -> dict[str, bytes]:
+    """`sandbox.steps` with a pause before a call, wherever it is carried out."""
+    pause = f"    calls.call('nanosleep', struct.pack('=2q', 0, {round(seconds * 1e9)}), None)\n"
+    changed = without("sandbox/steps", (before, pause + before))["sandbox/steps"]
+    number = {"x86_64": 35, "aarch64": 101}[os.uname().machine]
+    return {"sandbox/steps": changed + b"\nfrom sandrun.linux import libc\nlibc.SYS['nanosleep'] = %d\n" % number}
+
+
 def spoilt(table: str, step: str, *, from_sandbox: int = 0) -> dict[str, bytes]:
     """`sandbox.steps` with one step of one of its tables refused, from the zygote's n-th sandbox on."""
     text = f"""{source("sandbox/steps")}
 
 SANDBOXES = 0
 
-def _spoilt(name, step):
-    def refuse(spec):
+def _spoilt(name, add):
+    def refuse(calls, nest):
         if SANDBOXES >= {from_sandbox}:
-            raise OSError({ERRNO}, "spoilt by a test")
-        step(spec)
-    return name, refuse if name == {step!r} else step
+            calls.fail({ERRNO}, "spoilt by a test")
+        add(calls, nest)
+    return name, refuse if name == {step!r} else add
 
 {table} = tuple(_spoilt(*step) for step in {table})
 """
@@ -295,6 +316,7 @@ _spawn_one = _spawn
 
 def _spawn(*arguments):
     steps.SANDBOXES += 1
+    _tables.clear()
     return _spawn_one(*arguments)
 """
     return {"spawner/zygote": text.encode()}

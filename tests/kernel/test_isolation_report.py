@@ -27,25 +27,29 @@ STEPS = "sandbox/steps"
 UNSHARED = {"net": "CLONE_NEWNET", "ipc": "CLONE_NEWIPC", "uts": "CLONE_NEWUTS", "cgroup": "CLONE_NEWCGROUP"}
 
 # What takes a wall away where it is built, (old, new).
-IDS_CHECK = """    if os.getresuid() != (JOB_UID,) * 3 or os.getresgid() != (JOB_UID,) * 3:
-        raise OSError(0, f"uid {os.getresuid()}, gid {os.getresgid()} after the change")
-"""
-NO_UID = (("os.setresuid(JOB_UID, JOB_UID, JOB_UID)", "pass"), (IDS_CHECK, ""))
-NO_GID = (("os.setresgid(JOB_UID, JOB_UID, JOB_UID)  #", "pass  #"), (IDS_CHECK, ""))
-CAPABLE = ("capabilities.clear()  #", "pass  #")
+IDS_CHECK = "    _check_ids(calls, JOB_UID)\n"
+NO_UID = (('calls.call("setresuid", JOB_UID, JOB_UID, JOB_UID)', "pass"), (IDS_CHECK, ""))
+NO_GID = (('calls.call("setresgid", JOB_UID, JOB_UID, JOB_UID)  #', "pass  #"), (IDS_CHECK, ""))
+CAPABLE = ("capabilities.add_keep(calls, ())  # the", "pass  # the")
 BOUNDING = (
-    ("    capabilities.drop_bounding()\n    if spec.nest.shared_uid:\n", "    if spec.nest.shared_uid:\n"),
-    ("    if spec.nest.shared_uid:\n        capabilities.drop_bounding()", "    pass"),
+    ("    capabilities.add_drop_bounding(calls)\n    if nest.shared_uid:\n", "    if nest.shared_uid:\n"),
+    ("    if nest.shared_uid:\n        capabilities.add_drop_bounding(calls)", "    pass"),
 )
-NO_LANDLOCK = ("    if spec.nest.landlock:", "    if False:")
-FALSE_LANDLOCK = ("version = landlock.restrict(", "version = 7 or landlock.restrict(")
-UNFILTERED = ("    if spec.nest.job_filter:", "    if False:")
+NO_LANDLOCK = ("    if nest.landlock:", "    if False:")
+FALSE_LANDLOCK = ("        landlock.add_restrict(", "        0 and landlock.add_restrict(")
+HANDING_DOWN = ("    calls.close_foreign(", "    0 and calls.close_foreign(")
+UNFILTERED = ("    if nest.job_filter:", "    if False:")
+SET_NO_NEW_PRIVS = '    calls.call("prctl", process.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)'
 PRIVILEGED = (
-    ("process.set_no_new_privs()  # else the filter would need CAP_SYS_ADMIN", "pass"),
-    ("    process.set_no_new_privs()\n\n\ndef restrict_files", "\n\ndef restrict_files"),
+    (f"{SET_NO_NEW_PRIVS}  # else", "    pass  # else"),
+    (f"{SET_NO_NEW_PRIVS}\n\n\ndef restrict_files", "\n\ndef restrict_files"),
 )
-NOWHERE = ("os.chdir(rootfs.WORK)", ("    if os.getcwd() != rootfs.WORK:", "    if False:"))
-WRITABLE_PROC = ('    mounts.set_attributes("/proc", set=FIXED | mounts.MOUNT_ATTR_NOEXEC)\n    return', "    return")
+LIMITED = 'calls.call("prlimit64", 0, number, struct.pack("=2Q", min(soft, hard), hard), None, about=name)'
+NOWHERE = (('calls.call("chdir", work)', "pass"), ("    calls.equal(where, work", "    0 and calls.equal(where, work"))
+WRITABLE_PROC = (
+    '    mounts.add_set_attributes(calls, "/proc", FIXED | mounts.MOUNT_ATTR_NOEXEC)\n\n\ndef find_masked',
+    "\n\ndef find_masked",
+)
 BLIND = {
     **without("sandbox/report", ("    nest = spec.nest\n", "    return\n")),
     **without("sandbox/job", "_rehearse(spec)  # while the host looks"),
@@ -54,7 +58,7 @@ BLIND = {
 
 
 def unbounded(flag: str) -> tuple[str, str]:
-    return ("process.unshare(spec.nest.namespaces)", f"process.unshare(spec.nest.namespaces & ~process.{flag})")
+    return ('calls.call("unshare", nest.namespaces)', f'calls.call("unshare", nest.namespaces & ~process.{flag})')
 
 
 NOTICED_INSIDE = [
@@ -65,7 +69,7 @@ NOTICED_INSIDE = [
     pytest.param(without(STEPS, NO_LANDLOCK), "landlock reads 0", marks=LANDLOCK, id="landlock"),
     pytest.param(without(STEPS, FALSE_LANDLOCK), "landlock reads 0", marks=LANDLOCK, id="landlock said to be there"),
     pytest.param(without(STEPS, UNFILTERED), "seccomp reads 0", id="seccomp"),
-    pytest.param(without(STEPS, ("    first = 3\n", "    return\n")), "descriptors reads", id="descriptors"),
+    pytest.param(without(STEPS, HANDING_DOWN), "descriptors reads", id="descriptors"),
     pytest.param(without(STEPS, *NOWHERE), "work directory reads", id="work directory"),
     pytest.param(without("sandbox/rootfs", WRITABLE_PROC), "the mount at /proc is", id="read-only proc"),
 ]
@@ -133,9 +137,8 @@ async def test_another_filter_than_the_policys_is_noticed(tmp_path: Path) -> Non
     other = seccomp.Filter(seccomp.ALLOW)
     for name in ("socket", "unshare"):
         other.add(seccomp.ERRNO(errno.EPERM), name)
-    load = ("spec.filter = spec.nest.job_filter", f"spec.filter = bytes.fromhex({other.export().hex()!r})")
-    change = ("seccomp.load(spec.nest.job_filter)", f"seccomp.load(bytes.fromhex({other.export().hex()!r}))")
-    async with spawned(tmp_path, without(STEPS, load, change)) as one:
+    load = ("add_load(calls, nest.job_filter)", f"add_load(calls, bytes.fromhex({other.export().hex()!r}))")
+    async with spawned(tmp_path, without(STEPS, load)) as one:
         error = await refused(one)
     assert error.step == "verify"
     assert f"filter reads {hashlib.sha256(other.export()).hexdigest()!r}, not {real.digest!r}" in error.details
@@ -149,7 +152,7 @@ NOTICED_OUTSIDE = [
         for name, flag in UNSHARED.items()
     ),
     pytest.param(
-        without("spawner/zygote", ("process.clone3(process.CLONE_NEWPID,", "process.clone3(0,")),
+        without("linux/calls", ("process.clone3(process.CLONE_NEWPID,", "process.clone3(0,")),
         "the pid namespace is the host's",
         id="pid namespace",
     ),
@@ -195,7 +198,7 @@ async def test_host_group_is_noticed_from_the_host(tmp_path: Path) -> None:
 @pytest.mark.requirement(2)
 async def test_uid_of_another_sandbox_is_noticed_from_the_host(tmp_path: Path) -> None:
     """Each sandbox gets the ids of its own slot, whatever the zygote does with them."""
-    change = ("job_id=spawn.job_id,", "job_id=spawn.job_id + 2,")
+    change = ("= spawn.init_id, spawn.job_id\n", "= spawn.init_id, spawn.job_id + 2\n")
     other = without("spawner/zygote", change, ("JOB_UID, spawn.job_id)", "JOB_UID, spawn.job_id + 2)"))
     async with spawned(tmp_path, other) as one:
         error = await refused(one)
@@ -222,8 +225,11 @@ async def test_missing_no_new_privs_is_noticed(blind: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("field", "overrides"),
     [
-        ("host_name", without(STEPS, "process.sethostname(HOST_NAME)")),
-        ("rlimits", without(STEPS, "resource.setrlimit(number, (min(soft, hard), hard))")),
+        ("host_name", without(STEPS, 'calls.call("sethostname", HOST_NAME, len(HOST_NAME))')),
+        (
+            "rlimits",
+            without(STEPS, LIMITED),
+        ),
         ("mounts", without("sandbox/rootfs", ('{"hidepid": "invisible"},', "{},"))),
         ("mounts", without("sandbox/rootfs", ("    for path, folder in masked:", "    for path, folder in ():"))),
     ],

@@ -20,12 +20,26 @@ from sandrun.errors import SetupError
 from sandrun.linux import cgroup, hierarchy, mounts, process, seccomp
 from sandrun.model import Outcome
 from sandrun.sandbox import messages, policy, report, rootfs
-from sandrun.sandbox.steps import COLLECTOR_STEPS, INIT_STEPS, JOB_STEPS
+from sandrun.sandbox.steps import COLLECTOR_STEPS, CONFINE_STEPS, INIT_STEPS, JOB_STEPS
 from sandrun.spawner import box, nursery, protocol, tenant
 from tests import host, serving
-from tests.kernel.spawned import ERRNO, SAY, Done, Spawned, default_waived, hear_late, spawned, spoilt, without
+from tests.kernel.spawned import (
+    ERRNO,
+    SAY,
+    Done,
+    Spawned,
+    default_waived,
+    hear_late,
+    rebuilt,
+    sleeping,
+    spawned,
+    spoilt,
+    without,
+)
 
-STEPS = [("INIT_STEPS", name) for name, _ in INIT_STEPS] + [("JOB_STEPS", name) for name, _ in JOB_STEPS]
+TABLES = {"INIT_STEPS": INIT_STEPS, "JOB_STEPS": JOB_STEPS, "CONFINE_STEPS": CONFINE_STEPS}
+STEPS = [(table, name) for table, steps in TABLES.items() for name, _ in steps]
+LEADS_A_SESSION = 'calls.call("setsid")\n\n\ndef offer_to_oom'
 ROOT = pytest.mark.root
 pytestmark = pytest.mark.requirement(17)
 
@@ -117,13 +131,13 @@ async def test_job_ends_as_setup_failed_when_a_step_fails(table: str, step: str,
 
 
 async def test_step_that_hangs_is_ended(tmp_path: Path) -> None:
-    slow = without("sandbox/steps", ("def new_session(spec: Spec) -> None:", "def new_session(spec):\n    _sleep()"))
-    text = slow["sandbox/steps"].decode() + "\ndef _sleep():\n    import time\n    time.sleep(10)\n"
+    waits = 'calls.call("read", GATE, calls.buffer(1), 1)\n    '
+    slow = without("sandbox/steps", (LEADS_A_SESSION, waits + LEADS_A_SESSION))
 
     def patch() -> None:
         box.SETUP_SECONDS = 0.3
 
-    async with spawned(tmp_path, {"sandbox/steps": text.encode()}, patch=patch) as one:
+    async with spawned(tmp_path, slow, patch=patch) as one:
         error = await refused(one)
     assert error.step == "set-up"
     assert "not done after" in error.details
@@ -136,13 +150,6 @@ async def test_step_that_hangs_is_ended(tmp_path: Path) -> None:
         ("task limit", "sandbox/job", ("limit_tasks(messages.decode_go(message))", "raise OSError({errno}, 'spoilt')")),
         ("snapshot", "sandbox/job", ('step = "snapshot"', 'step = "snapshot"; raise OSError({errno}, "spoilt")')),
         ("standard streams", "sandbox/job", ("os.dup2(stream, number)", "raise OSError({errno}, 'spoilt')")),
-        ("init filter", "sandbox/init", ('step = "init filter"', 'step = "init filter"; raise OSError({errno}, "x")')),
-        (
-            "start",
-            "sandbox/init",
-            ('spec.snapshot = os.memfd_create("snapshot", os.MFD_CLOEXEC)', "raise OSError({errno}, 'x')"),
-        ),
-        ("fork", "sandbox/init", ("pid = os.fork()", "raise OSError({errno}, 'spoilt')")),
     ],
 )
 async def test_what_stands_between_the_steps_fails_by_name(
@@ -154,9 +161,24 @@ async def test_what_stands_between_the_steps_fails_by_name(
     assert (error.step, error.errno) == (step, ERRNO)
 
 
-async def test_clone_that_fails_is_named(tmp_path: Path) -> None:
-    change = ("process.clone3(process.CLONE_NEWPID, cgroup_fd=cgroup)", "process.clone3(1 << 62, cgroup_fd=cgroup)")
+@pytest.mark.unprivileged
+async def test_storage_that_the_zygote_cannot_make_is_named(tmp_path: Path) -> None:
+    """With one uid it is the zygote that makes it."""
+    change = ("rootfs.new_storage(spawn.storage_bytes,", "rootfs.new_storage(-1,")
     async with spawned(tmp_path, without("spawner/zygote", change)) as one:
+        error = await refused(one)
+    assert (error.step, error.errno) == ("storage", errno.EINVAL)
+
+
+async def test_fork_that_fails_is_named(tmp_path: Path) -> None:
+    async with spawned(tmp_path, rebuilt("    pid = fork_child(slots);", f"    pid = -{ERRNO};")) as one:
+        error = await refused(one)
+    assert (error.step, error.errno) == ("fork", ERRNO)
+
+
+async def test_clone_that_fails_is_named(tmp_path: Path) -> None:
+    change = ("process.clone3(process.CLONE_NEWPID,", "process.clone3(1 << 62,")
+    async with spawned(tmp_path, without("linux/calls", change)) as one:
         error = await refused(one)
     assert (error.step, error.errno) == ("clone3", errno.EINVAL)
 
@@ -362,8 +384,6 @@ async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_th
     heard: str, tmp_path: Path
 ) -> None:
     """Nothing of it had begun, so nothing is lost, in whatever order the spawner hears of the two deaths."""
-    slow = without("sandbox/steps", ("    os.setsid()\n\n\ndef offer_to_oom", "    _sleep()\n\n\ndef offer_to_oom"))
-    text = slow["sandbox/steps"].decode() + "\ndef _sleep():\n    import time\n    os.setsid()\n    time.sleep(0.3)\n"
 
     def patch() -> None:
         build_on_demand()
@@ -381,7 +401,8 @@ async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_th
 
             protocol.pair = pair
 
-    async with spawned(tmp_path, {"sandbox/steps": text.encode()}, patch=patch) as one:
+    slow = sleeping('    calls.call("close", CONTROL)\n    calls.call("setsid")\n', 0.3)
+    async with spawned(tmp_path, slow, patch=patch) as one:
         await one.client.ready()
         job = asyncio.create_task(one.run())
         while len(one.sandboxes()) < 2:  # it is being built, and the spawner has been told of it
@@ -397,7 +418,7 @@ async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_th
 @pytest.mark.requirement(31)
 async def test_job_that_is_over_before_init_looks_has_its_outputs_collected(tmp_path: Path) -> None:
     """On a busy machine the other process of a new sandbox may have done all before init gets a core."""
-    slow = without("sandbox/init", ('step = "supervise"', 'step = "supervise"; time.sleep(0.7)'))
+    slow = sleeping('    calls.call("close", PROC)\n    calls.call("close", GATE)\n', 0.7)
     async with spawned(tmp_path, slow, patch=build_on_demand) as one:
         await one.client.ready()
         done = await one.run("open('output', 'w').write('x')")

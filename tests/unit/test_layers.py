@@ -20,7 +20,7 @@ BELOW = {
     "client": {"errors", "bounds", "model"},
 }
 """What each layer may import beside itself."""
-PRIVILEGED = ("sandrun.spawner.supervisor", "sandrun.spawner.server", "sandrun.spawner.zygote", "sandrun.sandbox.init")
+PRIVILEGED = ("sandrun.spawner.supervisor", "sandrun.spawner.server", "sandrun.spawner.zygote")
 
 
 def imported(layer: str) -> Iterator[tuple[str, str]]:

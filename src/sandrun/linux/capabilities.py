@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterable
 
-from sandrun.linux.libc import SYS, bind, syscall
+from sandrun.linux.calls import Calls
+from sandrun.linux.libc import bind
 from sandrun.linux.process import PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, PR_CAPBSET_DROP, PR_CAPBSET_READ
 
 NAMES = (       # <linux/capability.h>, in the order of their numbers
@@ -27,14 +29,11 @@ CAP_SETPCAP = NUMBERS["CAP_SETPCAP"]
 CAP_SYS_ADMIN = NUMBERS["CAP_SYS_ADMIN"]
 
 _prctl = bind("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
-_prctl_unchecked = ctypes.PyDLL(None)["prctl"]  # faster than `_prctl`, and a sandbox makes 41 calls
-_prctl_unchecked.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 _VERSION_3 = 0x20080522  # 64 capabilities, in two halves
-_header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)  # version, pid: this thread
-# effective, permitted, inheritable: the low half of each, then the high half of each
-_data = (ctypes.c_uint32 * 6)()
-_nothing = (ctypes.c_uint32 * 6)()
+_header = struct.pack("=Ii", _VERSION_3, 0)  # version, pid: this thread
+_SETS = struct.Struct("=6I")
+"""effective, permitted, inheritable: the low half of each, then the high half of each."""
 
 
 def _find_last() -> int:
@@ -55,14 +54,35 @@ def last_cap() -> int:
     return _LAST
 
 
+def add_drop_bounding(calls: Calls) -> None:
+    """Add to a table: empty the bounding set. EPERM without CAP_SETPCAP, so this comes before `add_keep`."""
+    for number in range(_LAST + 1):
+        calls.call("prctl", PR_CAPBSET_DROP, number, 0, 0, 0)
+
+
+def add_keep(calls: Calls, names: Iterable[str]) -> None:
+    """Add to a table: make the effective and the permitted set just `names`; inheritable and ambient become empty.
+
+    It fails with EPERM if one of them is not held, or if the kernel reads back something else.
+    """
+    wanted = 0
+    for name in names:
+        wanted |= 1 << NUMBERS[name]
+    low, high = wanted & 0xFFFFFFFF, wanted >> 32
+    sets = _SETS.pack(low, low, 0, high, high, 0)
+    kept = calls.buffer(_SETS.size)
+    calls.call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    calls.call("capset", _header, sets)
+    calls.call("capget", _header, kept)  # the ambient set never exceeds permitted and inheritable, so it is empty
+    calls.equal(kept, sets, error=errno.EPERM, about=f"capset: the kernel kept others than {wanted:#x}")
+
+
 def drop_bounding() -> None:
     """Empty the bounding set: no program run from here on can gain a capability by execve(2).
 
     Raises: OSError EPERM without CAP_SETPCAP, so this comes before `clear`.
     """
-    for number in range(_LAST + 1):
-        if _prctl_unchecked(PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
-            _prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
+    _dropping.run()
 
 
 def clear() -> None:
@@ -70,32 +90,12 @@ def clear() -> None:
 
     Raises: OSError EPERM if the kernel reads back anything but nothing.
     """
-    _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    syscall(SYS["capset"], _header, _nothing)
-    _verify(0)
+    _clearing.run()
 
 
-def keep(names: Iterable[str]) -> None:
-    """Make the effective and the permitted set just `names`; inheritable and ambient become empty.
-
-    Raises: OSError EPERM if one of them is not held now, or if the kernel reads back something else.
-    """
-    wanted = 0
-    for name in names:
-        wanted |= 1 << NUMBERS[name]
-    low, high = wanted & 0xFFFFFFFF, wanted >> 32
-    _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    syscall(SYS["capset"], _header, (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0))
-    _verify(wanted)
-
-
-def _verify(wanted: int) -> None:
-    """Read the sets back. The ambient set never exceeds permitted and inheritable, so it is empty here."""
-    syscall(SYS["capget"], _header, _data)
-    low, high = wanted & 0xFFFFFFFF, wanted >> 32
-    if list(_data) != [low, low, 0, high, high, 0]:
-        kept = [hex(word) for word in _data]
-        raise OSError(errno.EPERM, f"capset: the kernel kept {kept} when asked for {wanted:#x}")
+_dropping, _clearing = Calls(), Calls()
+add_drop_bounding(_dropping)
+add_keep(_clearing, ())
 
 
 def read(pid: int | str = "self") -> dict[str, int]:

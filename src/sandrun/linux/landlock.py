@@ -11,6 +11,7 @@ import stat
 import struct
 from collections.abc import Iterable
 
+from sandrun.linux.calls import AT_FDCWD, SCRATCH, TREE, Calls
 from sandrun.linux.libc import SYS, syscall
 
 ACCESS_FS_EXECUTE = 1 << 0  # <linux/landlock.h>
@@ -83,6 +84,16 @@ def restrict(read_only: Iterable[str], read_write: Iterable[str], *, scope: bool
     Raises: OSError ENOSYS if there is no Landlock, ENOENT naming a path that is not there, EPERM without no_new_privs,
         E2BIG beyond 16 layers.
     """
+    calls = Calls()
+    version = add_restrict(calls, read_only, read_write, scope=scope, deny_tcp=deny_tcp)
+    calls.run()
+    return version
+
+
+def add_restrict(
+    calls: Calls, read_only: Iterable[str], read_write: Iterable[str], *, scope: bool = True, deny_tcp: bool = True
+) -> int:
+    """`restrict` as lines of a table. The paths must be there, and be what they will be."""
     version = abi()
     if not version:
         raise OSError(errno.ENOSYS, "landlock_create_ruleset: this kernel has no Landlock, or not in its lsm= list")
@@ -94,24 +105,21 @@ def restrict(read_only: Iterable[str], read_write: Iterable[str], *, scope: bool
         SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if scope and version >= 6 else 0,
     )
     size = 24 if version >= 6 else 16 if version >= 4 else 8  # as much as this kernel knows
-    ruleset = syscall(SYS["landlock_create_ruleset"], attributes, size, 0)
-    try:
-        for path in read_only:
-            _allow(ruleset, path, _READ)
-        for path in read_write:
-            _allow(ruleset, path, rights & ~_NEVER)
-        syscall(SYS["landlock_restrict_self"], ruleset, 0)
-    finally:
-        os.close(ruleset)
+    calls.call("landlock_create_ruleset", attributes, size, 0, store=SCRATCH)
+    for path in read_only:
+        _add_rule(calls, path, _READ)
+    for path in read_write:
+        _add_rule(calls, path, rights & ~_NEVER)
+    calls.call("landlock_restrict_self", SCRATCH, 0)
+    calls.call("close", SCRATCH)
     return version
 
 
-def _allow(ruleset: int, path: str, rights: int) -> None:
-    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            rights &= _FOR_FILES  # EINVAL for a right that only a directory can have
-        beneath = struct.pack("=Qi", rights, descriptor)  # struct landlock_path_beneath_attr is packed
-        syscall(SYS["landlock_add_rule"], ruleset, _RULE_PATH_BENEATH, beneath, 0, what=path)
-    finally:
-        os.close(descriptor)
+def _add_rule(calls: Calls, path: str, rights: int) -> None:
+    if not stat.S_ISDIR(os.stat(path).st_mode):
+        rights &= _FOR_FILES  # EINVAL for a right that only a directory can have
+    beneath = calls.buffer(12, struct.pack("=Qi", rights, -1))  # struct landlock_path_beneath_attr is packed
+    calls.call("openat", AT_FDCWD, os.fsencode(path), os.O_PATH | os.O_CLOEXEC, 0, about=path, store=TREE)
+    calls.place(beneath + 8, TREE)
+    calls.call("landlock_add_rule", SCRATCH, _RULE_PATH_BENEATH, beneath, 0, about=path)
+    calls.call("close", TREE)

@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Mapping
 
+from sandrun.linux.calls import AT_FDCWD, SCRATCH, Calls, Slot
 from sandrun.linux.libc import SYS, bind, failure, syscall
 
 MS_RDONLY = 0x1  # <linux/mount.h>
@@ -35,8 +36,7 @@ MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 
-AT_FDCWD = -100  # <linux/fcntl.h>
-AT_EMPTY_PATH = 0x1000
+AT_EMPTY_PATH = 0x1000  # <linux/fcntl.h>
 AT_RECURSIVE = 0x8000
 AT_SYMLINK_NOFOLLOW = 0x100
 
@@ -153,6 +153,41 @@ def set_attributes(
     dirfd, path, flags = (mount, b"", AT_EMPTY_PATH) if isinstance(mount, int) else (AT_FDCWD, os.fsencode(mount), 0)
     flags |= AT_RECURSIVE if recursive else 0
     syscall(SYS["mount_setattr"], dirfd, path, flags, _attributes_pointer, ctypes.sizeof(_attributes), what=mount)
+
+
+# ---- the same as lines of a table --------------------------------------------------------------------------
+
+
+def add_new_filesystem(calls: Calls, fstype: str, options: Mapping[str, str], attr_flags: int, store: Slot) -> None:
+    """`new_filesystem` into a slot."""
+    calls.call("fsopen", fstype.encode(), _FSOPEN_CLOEXEC, about=fstype, store=SCRATCH)
+    for key, value in options.items():
+        about = f"{fstype}: {key}={value}"
+        calls.call("fsconfig", SCRATCH, _FSCONFIG_SET_STRING, key.encode(), value.encode(), 0, about=about)
+    calls.call("fsconfig", SCRATCH, _FSCONFIG_CMD_CREATE, None, None, 0, about=f"{fstype}: create")
+    calls.call("fsmount", SCRATCH, _FSMOUNT_CLOEXEC, attr_flags, about=fstype, store=store)
+    calls.call("close", SCRATCH)
+
+
+def add_open_tree(calls: Calls, tree: str | Slot, store: Slot) -> None:
+    """`open_tree` of a path, or of the mount in a slot, cloned without what is below it."""
+    flags = os.O_CLOEXEC | _OPEN_TREE_CLONE
+    if isinstance(tree, Slot):
+        calls.call("open_tree", tree, b"", flags | AT_EMPTY_PATH, store=store)
+    else:
+        calls.call("open_tree", AT_FDCWD, os.fsencode(tree), flags, about=tree, store=store)
+
+
+def add_move_mount(calls: Calls, mount: Slot, target: str) -> None:
+    """`move_mount` of the mount in a slot, which is closed."""
+    calls.call("move_mount", mount, b"", AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH, about=target)
+    calls.call("close", mount)
+
+
+def add_set_attributes(calls: Calls, path: str, set: int) -> None:
+    """`set_attributes`, to set only."""
+    attributes = _MountAttr(attr_set=set)
+    calls.call("mount_setattr", AT_FDCWD, os.fsencode(path), 0, attributes, ctypes.sizeof(attributes), about=path)
 
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int = 0, data: str | None = None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sandrun.linux import libc
 from sandrun.linux.libc import SYS, bind, syscall
@@ -36,6 +38,8 @@ CLONE_PIDFD = 0x00001000
 CLONE_CHILD_CLEARTID = 0x00200000
 CLONE_CHILD_SETTID = 0x01000000
 CLONE_INTO_CGROUP = 0x200000000
+
+SIGSET_BYTES = 8
 
 NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")  # names in /proc/PID/ns
 
@@ -81,6 +85,13 @@ def set_parent_death_signal(number: int) -> None:
     _prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def child_descriptor() -> int:
+    """Block SIGCHLD, and have it read from a descriptor instead: a handler would be every child's too. signalfd(2)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+    mask = (1 << signal.SIGCHLD - 1).to_bytes(SIGSET_BYTES, sys.byteorder)
+    return libc.syscall(SYS["signalfd4"], -1, mask, SIGSET_BYTES, os.O_CLOEXEC | os.O_NONBLOCK)
+
+
 def set_child_subreaper() -> None:
     """Adopt the orphans among this process's descendants, as PID 1 does."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -119,18 +130,24 @@ def is_exiting(pid: int) -> bool:
         return bool(int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING)
 
 
-def set_title(title: str) -> None:
-    """Have /proc/self/cmdline, and so ps(1), read `title`. It replaces argv's strings; what does not fit is cut.
+def title(text: str) -> tuple[int, bytes]:
+    """What to write where, for /proc/self/cmdline, and so ps(1), to read `text`.
 
+    It replaces argv's strings; what does not fit is cut.
     Raises: OSError ENOENT if /proc was not there when this module was imported.
     """
     if _areas is None:
-        raise FileNotFoundError(2, "set_title: /proc/self/stat does not tell where the arguments are")
+        raise FileNotFoundError(2, "/proc/self/stat does not tell where the arguments are")
     start, end, _, _ = _areas
-    text = title.encode()[: max(end - start - 2, 0)]
+    shown = text.encode()[: max(end - start - 2, 0)]
     # A last byte of argv that is not NUL tells the kernel that this is a title: it then shows the text up to the first
     # NUL, not the whole area (setproctitle(3); fs/proc/base.c, get_mm_cmdline).
-    libc.poke(start, text.ljust(end - start - 1, b"\0") + b".")
+    return start, shown.ljust(end - start - 1, b"\0") + b"."
+
+
+def set_title(text: str) -> None:
+    """Have ps(1) show `text` for this process. Raises: as `title`."""
+    libc.poke(*title(text))
 
 
 def set_environment_area(environment: Mapping[str, str]) -> None:
@@ -158,12 +175,10 @@ class _CloneArgs(ctypes.Structure):
     )  # fmt: skip
 
 
-_clone3 = ctypes.PyDLL(None, use_errno=True)["syscall"]
-_clone3.argtypes, _clone3.restype = [ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_long
+_syscall = ctypes.PyDLL(None, use_errno=True)["syscall"]
+_syscall.argtypes, _syscall.restype = [ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_long
 _pidfd = ctypes.c_int(-1)
 _clone_args = _CloneArgs(pidfd=ctypes.addressof(_pidfd), exit_signal=signal.SIGCHLD)
-_clone_args_pointer = ctypes.byref(_clone_args)
-_clone_args_size = ctypes.sizeof(_clone_args)
 _tid_address = ctypes.c_uint64(0)
 _before_fork = ctypes.pythonapi["PyOS_BeforeFork"]
 _after_fork_child = ctypes.pythonapi["PyOS_AfterFork_Child"]
@@ -172,8 +187,15 @@ for _function in (_before_fork, _after_fork_child, _after_fork_parent):
     _function.argtypes, _function.restype = [], None
 
 
-def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
+def _clone3(arguments: Any, size: int) -> int:
+    result: int = _syscall(SYS["clone3"], ctypes.byref(arguments), size)
+    return -ctypes.get_errno() if result == -1 else result
+
+
+def clone3(flags: int, *, cgroup_fd: int | None = None, make: Callable[[Any, int], int] = _clone3) -> tuple[int, int]:
     """fork(2) into new namespaces (`flags`, CLONE_NEW*) and into a v2 cgroup (a descriptor of its directory).
+
+    `make` makes the call, with a struct clone_args and its size; it returns a pid, or an error as a negative number.
 
     Returns: (pid, pidfd) in the parent, (0, -1) in the child. The pidfd is close-on-exec.
     Only for a process with one thread: libc's own fork handlers (malloc's locks, pthread_atfork) do not run.
@@ -194,14 +216,13 @@ def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
     _clone_args.flags = flags
     _clone_args.cgroup = cgroup_fd or 0
     _before_fork()
-    pid: int = _clone3(SYS["clone3"], _clone_args_pointer, _clone_args_size)
+    pid = make(_clone_args, ctypes.sizeof(_clone_args))
     if pid == 0:
         _after_fork_child()
         return 0, -1
-    if pid == -1:
-        code = ctypes.get_errno()
+    if pid < 0:
         _after_fork_parent()
-        raise OSError(code, f"clone3: {os.strerror(code)}")
+        raise OSError(-pid, f"clone3: {os.strerror(-pid)}")
     descriptor = _pidfd.value  # before the handlers, which may themselves fork
     _after_fork_parent()
     return pid, descriptor

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from sandrun.linux.calls import Calls
 from sandrun.linux.libc import MACHINE, SYS, syscall
 
 KILL_PROCESS = 0x80000000  # <linux/seccomp.h>
@@ -241,8 +242,17 @@ def load(program: bytes) -> None:
 
     Raises: OSError EACCES without no_new_privs (or CAP_SYS_ADMIN), EINVAL for what is not a program.
     """
-    fprog = _SockFprog(len(program) // _INSTRUCTION.size, program)
-    syscall(SYS["seccomp"], _SET_MODE_FILTER, 0, ctypes.byref(fprog))
+    syscall(SYS["seccomp"], _SET_MODE_FILTER, 0, ctypes.byref(_fprog(program)))
+
+
+def add_load(calls: Calls, program: bytes) -> None:
+    """`load` as a line of a table."""
+    calls.call("seccomp", _SET_MODE_FILTER, 0, _fprog(program))
+    calls.filter = program
+
+
+def _fprog(program: bytes) -> _SockFprog:
+    return _SockFprog(len(program) // _INSTRUCTION.size, program)
 
 
 def mode(pid: int | str = "self") -> int:

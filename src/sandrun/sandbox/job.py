@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from sandrun.sandbox import collect, generators, messages, report, rootfs, script, unpack
 from sandrun.sandbox.spec import Nest, Spec, close
-from sandrun.sandbox.steps import COLLECTOR_STEPS, JOB_STEPS, StepFailed, limit_tasks, take
+from sandrun.sandbox.steps import StepFailed, limit_tasks
 
 SETUP_FAILED = 125
 NOT_EXECUTABLE = 126
@@ -35,7 +35,6 @@ its own. What Python modules read is in `Nest.variables`."""
 def become_job(spec: Spec) -> None:
     """Run the job. Returns only if this very interpreter is to run it, which begins when its start-up goes on."""
     try:
-        take(JOB_STEPS, spec)
         wishes = _pass_gate(spec)
     except StepFailed as error:
         _give_up(spec.gate, error.step, error.__cause__ or error)
@@ -174,15 +173,12 @@ def be_collector(spec: Spec, wishes_file: int, outputs_to: int) -> NoReturn:
     """Send what the job left behind, with no more rights than it had. Every process of the job's is dead."""
     status = 1
     try:
-        take(COLLECTOR_STEPS, spec)
         outputs = json.loads(_read_all(wishes_file))["outputs"]
         before = _read_all(spec.snapshot)
         collect.collect(rootfs.WORK, None if outputs is None else tuple(outputs), before, outputs_to)
         status = 0
     except BrokenPipeError:
         status = 0  # nobody wants them any more
-    except StepFailed as error:
-        _give_up(spec.control, f"collector: {error.step}", error.__cause__ or error)
     except BaseException as error:
         _give_up(spec.control, "collector", error)
     finally:

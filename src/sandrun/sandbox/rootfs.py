@@ -12,6 +12,7 @@ import stat
 from typing import NamedTuple
 
 from sandrun.linux import mounts, process
+from sandrun.linux.calls import AT_FDCWD, JOB_ID, PROC, STORAGE, TREE, Calls, Slots
 
 WORK = "/job"
 WRITABLE = (WORK, "/tmp", "/dev/shm")
@@ -231,7 +232,10 @@ MOST_CACHED = 64
 
 def lend_storage() -> None:
     """Give the zygote the places that jobs can write to: modules look for them, and keep what is costly to find out."""
-    attach_storage(new_storage(LENT_BYTES, owner=0, noswap=False), 0)
+    slots, calls = Slots(), Calls()
+    slots[STORAGE], slots[JOB_ID] = new_storage(LENT_BYTES, owner=0, noswap=False), 0
+    add_storage(calls)
+    calls.run(slots)
 
 
 def take_storage() -> list[tuple[str, bool]]:
@@ -288,43 +292,37 @@ def new_storage(size_bytes: int, *, owner: int, noswap: bool) -> int:
     return mounts.new_filesystem("tmpfs", options, UNPRIVILEGED)
 
 
-def attach_storage(storage: int, owner: int) -> None:
-    """Mount a sandbox's tmpfs at its three places. `owner` is the job's uid and gid as this namespace has it."""
-    mounts.move_mount(storage, STAGE)
-    os.close(storage)
-    for name, mode, user in (("job", 0o755, owner), ("tmp", 0o1777, 0), ("shm", 0o1777, 0)):
-        path = f"{STAGE}/{name}"
-        os.mkdir(path)
-        os.chmod(path, mode)
-        if user:
-            os.chown(path, user, user)
-    for name, path in zip(("job", "tmp", "shm"), WRITABLE, strict=True):
-        tree = mounts.open_tree(f"{STAGE}/{name}", clone=True, recursive=False)
-        mounts.move_mount(tree, path)
-        os.close(tree)
-    mounts.umount(STAGE, mounts.MNT_DETACH)
+def add_storage(calls: Calls) -> None:
+    """Mount a sandbox's tmpfs, of the slot STORAGE, at its three places. The first belongs to the slot JOB_ID."""
+    mounts.add_move_mount(calls, STORAGE, STAGE)
+    for name, mode in (("job", 0o755), ("tmp", 0o1777), ("shm", 0o1777)):
+        path = f"{STAGE}/{name}".encode()
+        calls.call("mkdirat", AT_FDCWD, path, 0o700, about=name)
+        calls.call("fchmodat", AT_FDCWD, path, mode, about=name)
+        if name == "job":
+            calls.call("fchownat", AT_FDCWD, path, JOB_ID, JOB_ID, 0, about=name)
+    for name, where in zip(("job", "tmp", "shm"), WRITABLE, strict=True):
+        mounts.add_open_tree(calls, f"{STAGE}/{name}", TREE)
+        mounts.add_move_mount(calls, TREE, where)
+    calls.call("umount2", STAGE.encode(), mounts.MNT_DETACH, about=STAGE)
 
 
-def mount_proc(masked: list[tuple[str, bool]]) -> int:
+def add_proc(calls: Calls, masked: list[tuple[str, bool]]) -> None:
     """A /proc of the sandbox's own PID namespace, hiding others' processes, masked and read-only.
 
-    Returns: the descriptor of a writable copy that is mounted nowhere, for the steps that follow.
+    The slot PROC gets a writable copy that is mounted nowhere, for the steps that follow.
     A proc mount in a user namespace is EPERM unless a full one is there already (the zygote's, below this one).
     proc(5) "hidepid" (by mount since Linux 5.8).
     """
-    proc = mounts.new_filesystem(
-        "proc",
-        {"hidepid": "invisible"},
-        mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV | mounts.MOUNT_ATTR_NOEXEC,
-    )
-    mounts.set_attributes("/proc", set=FIXED | mounts.MOUNT_ATTR_NOEXEC)  # the zygote's, covered by the next line
-    mounts.move_mount(proc, "/proc")
-    writable = mounts.open_tree("", dirfd=proc, clone=True, recursive=False)
-    os.close(proc)
+    attributes = mounts.MOUNT_ATTR_NOSUID | mounts.MOUNT_ATTR_NODEV | mounts.MOUNT_ATTR_NOEXEC
+    mounts.add_new_filesystem(calls, "proc", {"hidepid": "invisible"}, attributes, TREE)
+    mounts.add_open_tree(calls, TREE, PROC)
+    mounts.add_set_attributes(calls, "/proc", FIXED | mounts.MOUNT_ATTR_NOEXEC)  # the zygote's, covered by the next
+    mounts.add_move_mount(calls, TREE, "/proc")
     for path, folder in masked:
-        mounts.mount(f"{EMPTY}/folder" if folder else f"{EMPTY}/file", path, None, mounts.MS_BIND, None)
-    mounts.set_attributes("/proc", set=FIXED | mounts.MOUNT_ATTR_NOEXEC)
-    return writable
+        source = f"{EMPTY}/folder" if folder else f"{EMPTY}/file"
+        calls.call("mount", source.encode(), path.encode(), None, mounts.MS_BIND, None, about=path)
+    mounts.add_set_attributes(calls, "/proc", FIXED | mounts.MOUNT_ATTR_NOEXEC)
 
 
 def find_masked() -> list[tuple[str, bool]]:

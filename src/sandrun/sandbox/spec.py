@@ -26,11 +26,12 @@ class Nest:
         caches: of the modules that the zygote has loaded, see `rootfs.link_caches`.
         variables: names of those that these modules looked for when they were loaded.
         rehearsal: an archive with one small file, see `job.REHEARSAL`.
+        entries: how many v1 `tasks` files init enters its cgroup by, which the spawner tells with each sandbox.
     """
 
     __slots__ = (
-        "caches", "core_limit", "environment", "filter_digest", "init_filter", "interpreters", "job_filter", "landlock",
-        "masked", "namespaces", "path", "rehearsal", "shared_uid", "variables",
+        "caches", "core_limit", "entries", "environment", "filter_digest", "init_filter", "interpreters", "job_filter",
+        "landlock", "masked", "namespaces", "path", "rehearsal", "shared_uid", "variables",
     )  # fmt: skip
 
     def __init__(
@@ -62,61 +63,28 @@ class Nest:
         self.caches: list[tuple[str, bool]] = []
         self.variables: frozenset[str] = frozenset()
         self.rehearsal = b""
+        self.entries = 0
 
 
 class Spec:
-    """One sandbox. Descriptors are this process's; each is closed by whoever needs it last.
+    """What the job's process, or the collector, has of its sandbox. Each descriptor is closed by whoever needs it last.
 
     Attributes:
-        slot: number of the sandbox, unique among those of the server that run.
-        init_id, job_id: uid and gid in the zygote's user namespace; equal with one uid.
         control: init's socket to the spawner. gate: the job process's, until it is the client's.
-        sync: init's socket to the zygote, which writes the id maps.
-        storage: a detached tmpfs, or -1: init makes one of `storage_bytes`.
-        entries: v1 `tasks` files.
-        proc: a writable, detached copy of the sandbox's /proc, for set-up steps alone.
         snapshot: memory file with the state of the work directory after unpacking.
         landlock: the ABI that is in force for this process, 0 for none.
         filter: the program that this process has put itself under, empty for none.
     """
 
-    __slots__ = (
-        "control", "entries", "filter", "gate", "init_id", "job_id", "landlock", "nest", "proc", "slot", "snapshot",
-        "storage", "storage_bytes", "sync",
-    )  # fmt: skip
+    __slots__ = ("control", "filter", "gate", "landlock", "nest", "snapshot")
 
-    def __init__(
-        self,
-        nest: Nest,
-        *,
-        slot: int,
-        init_id: int,
-        job_id: int,
-        storage_bytes: int,
-        descriptors: list[int],
-        has_storage: bool,
-        has_cgroup: bool,
-    ) -> None:
+    def __init__(self, nest: Nest, *, control: int, gate: int, snapshot: int, landlock: int, filter: bytes) -> None:
         self.nest = nest
-        self.slot = slot
-        self.init_id = init_id
-        self.job_id = job_id
-        self.storage_bytes = storage_bytes
-        self.control, self.gate, *rest = descriptors
-        self.storage = rest.pop(0) if has_storage else -1
-        if has_cgroup:
-            rest.pop(0)  # the zygote's, for clone3
-        self.entries = rest
-        self.sync = -1
-        self.snapshot = -1
-        self.proc = -1
-        self.landlock = 0
-        self.filter = b""
-
-    def descriptors(self) -> list[int]:
-        """All that are open, in rising order."""
-        named = (self.control, self.gate, self.storage, self.sync, self.snapshot, self.proc)
-        return sorted(d for d in (*named, *self.entries) if d >= 0)
+        self.control = control
+        self.gate = gate
+        self.snapshot = snapshot
+        self.landlock = landlock
+        self.filter = filter
 
 
 def close(*descriptors: int) -> None:

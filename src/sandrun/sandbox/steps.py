@@ -9,115 +9,124 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import struct
+import sys
 from collections.abc import Callable
 from typing import Final
 
 from sandrun.linux import capabilities, landlock, process, seccomp
+from sandrun.linux.calls import (
+    ANYTHING,
+    CONTROL,
+    ENTRIES,
+    GATE,
+    INIT_ID,
+    PROC,
+    SCRATCH,
+    SEEN,
+    SIGNALS,
+    SNAPSHOT,
+    STORAGE,
+    SYNC,
+    TITLE,
+    Calls,
+    Tables,
+)
 from sandrun.sandbox import rootfs
-from sandrun.sandbox.spec import INIT_UID, JOB_UID, Spec, close
+from sandrun.sandbox.spec import INIT_UID, JOB_UID, Nest
 
-Step = tuple[str, Callable[[Spec], None]]
+Step = tuple[str, Callable[[Calls, Nest], None]]
+"""A name, and what adds its system calls to a table (linux/calls.py)."""
 
 HOST_NAME = b"sandbox"
 
 
 class StepFailed(Exception):
-    """A step failed; `__cause__` is the kernel's refusal."""
+    """What is Python's part failed; `__cause__` is the kernel's refusal."""
 
     def __init__(self, step: str) -> None:
         super().__init__(step)
         self.step = step
 
 
-def take(steps: tuple[Step, ...], spec: Spec) -> None:
-    """Run steps from top to bottom. Raises: StepFailed from the first that fails."""
-    for name, apply in steps:
-        try:
-            apply(spec)
-        except BaseException as error:
-            raise StepFailed(name) from error
-
-
 # ---- init --------------------------------------------------------------------------------------------------
 
 
-def enter_cgroup(spec: Spec) -> None:
-    for entry in spec.entries:
-        os.write(entry, b"0")
-        os.close(entry)
-    spec.entries = []
+def name_init(calls: Calls, nest: Nest) -> None:
+    where, text = process.title("")
+    calls.copy(where, TITLE, len(text))
+    calls.call("memfd_create", b"snapshot", os.MFD_CLOEXEC, store=SNAPSHOT)
 
 
-def close_foreign(spec: Spec) -> None:
+def enter_cgroup(calls: Calls, nest: Nest) -> None:
+    for entry in ENTRIES[: nest.entries]:
+        calls.call("write", entry, b"0", 1, about="tasks", expected=1)
+        calls.call("close", entry)
+
+
+def close_foreign(calls: Calls, nest: Nest) -> None:
     """Only the sandbox's own descriptors and 0-2 stay: a zygote's socket here would be a way to the spawner."""
-    first = 3
-    for own in spec.descriptors():
-        process.close_range(first, own - 1)
-        first = own + 1
-    process.close_range(first, 0xFFFFFFFF)
+    calls.close_foreign((CONTROL, GATE, STORAGE, SYNC, SNAPSHOT))
 
 
-def unshare_namespaces(spec: Spec) -> None:
-    process.unshare(spec.nest.namespaces)
+def unshare_namespaces(calls: Calls, nest: Nest) -> None:
+    calls.call("unshare", nest.namespaces)
 
 
-def name_host(spec: Spec) -> None:
-    if spec.nest.namespaces & process.CLONE_NEWUTS:
-        process.sethostname(HOST_NAME)
-        process.setdomainname(b"(none)")
+def name_host(calls: Calls, nest: Nest) -> None:
+    if nest.namespaces & process.CLONE_NEWUTS:
+        calls.call("sethostname", HOST_NAME, len(HOST_NAME))
+        calls.call("setdomainname", b"(none)", 6)
 
 
-def attach_storage(spec: Spec) -> None:
-    if spec.storage < 0:
-        spec.storage = rootfs.new_storage(spec.storage_bytes, owner=0, noswap=False)
-    rootfs.attach_storage(spec.storage, spec.job_id)
-    spec.storage = -1
+def attach_storage(calls: Calls, nest: Nest) -> None:
+    rootfs.add_storage(calls)
 
 
-def mount_proc(spec: Spec) -> None:
-    spec.proc = rootfs.mount_proc(spec.nest.masked)
+def mount_proc(calls: Calls, nest: Nest) -> None:
+    rootfs.add_proc(calls, nest.masked)
 
 
-def become_init(spec: Spec) -> None:
-    os.setsid()
-    if not spec.nest.shared_uid:
-        os.setresgid(spec.init_id, spec.init_id, spec.init_id)
-        os.setresuid(spec.init_id, spec.init_id, spec.init_id)
+def become_init(calls: Calls, nest: Nest) -> None:
+    calls.call("setsid")
+    if not nest.shared_uid:
+        calls.call("setresgid", INIT_ID, INIT_ID, INIT_ID)
+        calls.call("setresuid", INIT_ID, INIT_ID, INIT_ID)
 
 
-def enter_user_namespace(spec: Spec) -> None:
+def enter_user_namespace(calls: Calls, nest: Nest) -> None:
     """The job's own user namespace: it owns no other namespace, so no capability in it reaches any of the walls.
 
     Two ids take a map written from outside by a process with CAP_SETUID there: the zygote. user_namespaces(7).
     """
-    if not spec.nest.shared_uid:
-        process.unshare(process.CLONE_NEWUSER)
-        os.write(spec.sync, b"u")
-        if os.read(spec.sync, 1) != b"m":
-            raise OSError(0, "the zygote wrote no id maps")
-        if os.getresuid() != (INIT_UID,) * 3 or os.getresgid() != (INIT_UID,) * 3:
-            raise OSError(0, f"the id maps show uid {os.getresuid()}, gid {os.getresgid()}")
-    close(spec.sync)
-    spec.sync = -1
+    if not nest.shared_uid:
+        calls.call("unshare", process.CLONE_NEWUSER)
+        calls.call("write", SYNC, b"u", 1, expected=1)
+        answer = calls.buffer(1)
+        calls.call("read", SYNC, answer, 1, about="the zygote wrote no id maps", expected=1)
+        calls.equal(answer, b"m", error=0, about="the zygote wrote no id maps")
+        _check_ids(calls, INIT_UID)
+    calls.call("close", SYNC)
 
 
-def limit_init(spec: Spec) -> None:
+def limit_init(calls: Calls, nest: Nest) -> None:
     """KILL to end the job's processes, SETUID and SETGID to start them: in the job's user namespace, no more.
 
     With one uid none of these: the same user may signal the job, and the job makes the user namespace itself. It maps
     the parent's uid 0, so its maker must have had CAP_SETFCAP (Linux 5.12); init drops that when the job is forked.
     """
-    capabilities.drop_bounding()
-    if spec.nest.shared_uid:
-        capabilities.keep(("CAP_SETFCAP",))
+    capabilities.add_drop_bounding(calls)
+    if nest.shared_uid:
+        capabilities.add_keep(calls, ("CAP_SETFCAP",))
     else:
-        capabilities.keep(("CAP_KILL", "CAP_SETUID", "CAP_SETGID"))
-    process.set_no_new_privs()  # else the filter would need CAP_SYS_ADMIN
-    process.set_dumpable(False)  # /proc/1/mem and its like are closed to the job, with one uid too
+        capabilities.add_keep(calls, ("CAP_KILL", "CAP_SETUID", "CAP_SETGID"))
+    calls.call("prctl", process.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # else the filter would need CAP_SYS_ADMIN
+    calls.call("prctl", process.PR_SET_DUMPABLE, 0, 0, 0, 0)  # /proc/1/mem and its like are closed to the job
 
 
 INIT_STEPS: Final[tuple[Step, ...]] = (
-    ("cgroup", enter_cgroup),  # first: all memory from here on is the job's
+    ("start", name_init),
+    ("cgroup", enter_cgroup),  # before all that takes memory: from here on it is the job's
     ("descriptors", close_foreign),
     ("namespaces", unshare_namespaces),  # owned by the zygote's user namespace, above the job's
     ("host name", name_host),
@@ -127,20 +136,51 @@ INIT_STEPS: Final[tuple[Step, ...]] = (
     ("user namespace", enter_user_namespace),
     ("init capabilities", limit_init),
 )
+"""What init does before it forks the job's process."""
 
+
+def wait_by_descriptor(calls: Calls, nest: Nest) -> None:
+    """The end of a child is read from a descriptor, beside the spawner's messages; the zygote has blocked SIGCHLD.
+
+    SIGINT alone has a handler, Python's. PID 1 is spared what it does not handle, signal(7).
+    """
+    calls.call("close", PROC)
+    calls.call("close", GATE)
+    calls.call("rt_sigaction", signal.SIGINT, bytes(32), None, process.SIGSET_BYTES)
+    child = (1 << signal.SIGCHLD - 1).to_bytes(process.SIGSET_BYTES, sys.byteorder)
+    calls.call("signalfd4", -1, child, process.SIGSET_BYTES, os.O_CLOEXEC | os.O_NONBLOCK, store=SIGNALS)
+
+
+def give_up_capabilities(calls: Calls, nest: Nest) -> None:
+    if nest.shared_uid:
+        capabilities.add_keep(calls, ())
+
+
+def install_init_filter(calls: Calls, nest: Nest) -> None:
+    if nest.init_filter:
+        seccomp.add_load(calls, nest.init_filter)
+
+
+CONFINE_STEPS: Final[tuple[Step, ...]] = (
+    ("init", wait_by_descriptor),
+    ("init capabilities", give_up_capabilities),
+    ("init filter", install_init_filter),
+)
+"""What init does when it has forked the job's process."""
 
 # ---- job and collector -------------------------------------------------------------------------------------
 
 
-def new_session(spec: Spec) -> None:
+def new_session(calls: Calls, nest: Nest) -> None:
     """No controlling terminal, so TIOCSTI has nothing to type into; and no process group shared with init."""
-    os.setsid()
+    calls.call("close", CONTROL)
+    calls.call("setsid")
 
 
-def offer_to_oom(spec: Spec) -> None:
+def offer_to_oom(calls: Calls, nest: Nest) -> None:
     """The kernel takes the job's processes before it takes init, and with it verdict and outputs."""
-    process.set_dumpable(True)  # else /proc/self belongs to another
-    _write_proc(spec, "oom_score_adj", b"1000")
+    calls.call("prctl", process.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self belongs to another
+    _write_proc(calls, "oom_score_adj", b"1000")
 
 
 RLIMITS = (
@@ -155,20 +195,19 @@ RLIMITS = (
 )
 
 
-def set_rlimits(spec: Spec) -> None:
+def set_rlimits(calls: Calls, nest: Nest) -> None:
     """No RLIMIT_AS: node, the JVM and numpy reserve gigabytes that they never touch.
 
     RLIMIT_CORE is 0, or 1 where the host pipes cores into a program: a pipe gets one in spite of 0, core(5), and would
     carry the job's memory to the host's disk; 1 is the value at which the kernel refuses both (fs/coredump.c).
     """
-    core = spec.nest.core_limit
-    resource.setrlimit(resource.RLIMIT_CORE, (core, core))
-    for name, soft, hard in RLIMITS:
+    core = nest.core_limit
+    for name, soft, hard in (("CORE", core, core), *RLIMITS):
         number = getattr(resource, f"RLIMIT_{name}", None)
         if number is not None:
-            most = resource.getrlimit(number)[1]
-            hard = hard if most == resource.RLIM_INFINITY else min(hard, most)
-            resource.setrlimit(number, (min(soft, hard), hard))
+            most = resource.getrlimit(number)[1]  # the zygote's is the job's
+            hard = hard if most == resource.RLIM_INFINITY or name == "CORE" else min(hard, most)
+            calls.call("prlimit64", 0, number, struct.pack("=2Q", min(soft, hard), hard), None, about=name)
 
 
 def limit_tasks(most: int) -> None:
@@ -182,59 +221,58 @@ def limit_tasks(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
 
 
-def become_user(spec: Spec) -> None:
-    if spec.nest.shared_uid:
+def become_user(calls: Calls, nest: Nest) -> None:
+    if nest.shared_uid:
         outer = os.getuid()
-        process.unshare(process.CLONE_NEWUSER)
-        _write_proc(spec, "setgroups", b"deny")  # gid_map is EPERM without, user_namespaces(7)
-        _write_proc(spec, "gid_map", b"%d %d 1" % (JOB_UID, outer))
-        _write_proc(spec, "uid_map", b"%d %d 1" % (JOB_UID, outer))
-    os.setresgid(JOB_UID, JOB_UID, JOB_UID)  # gid before uid: leaving the uid loses CAP_SETGID
-    os.setresuid(JOB_UID, JOB_UID, JOB_UID)
-    if os.getresuid() != (JOB_UID,) * 3 or os.getresgid() != (JOB_UID,) * 3:
-        raise OSError(0, f"uid {os.getresuid()}, gid {os.getresgid()} after the change")
+        calls.call("unshare", process.CLONE_NEWUSER)
+        _write_proc(calls, "setgroups", b"deny")  # gid_map is EPERM without, user_namespaces(7)
+        _write_proc(calls, "gid_map", b"%d %d 1" % (JOB_UID, outer))
+        _write_proc(calls, "uid_map", b"%d %d 1" % (JOB_UID, outer))
+    calls.call("setresgid", JOB_UID, JOB_UID, JOB_UID)  # gid before uid: leaving the uid loses CAP_SETGID
+    calls.call("setresuid", JOB_UID, JOB_UID, JOB_UID)
+    _check_ids(calls, JOB_UID)
 
 
-def drop_bounding(spec: Spec) -> None:
+def drop_bounding(calls: Calls, nest: Nest) -> None:
     """Init has emptied it already, but with one uid a new user namespace has filled it again."""
-    if spec.nest.shared_uid:
-        capabilities.drop_bounding()
+    if nest.shared_uid:
+        capabilities.add_drop_bounding(calls)
 
 
-def drop_capabilities(spec: Spec) -> None:
-    capabilities.clear()  # the inheritable set too, which a change of uid keeps, capabilities(7)
-    process.set_no_new_privs()
+def drop_capabilities(calls: Calls, nest: Nest) -> None:
+    capabilities.add_keep(calls, ())  # the inheritable set too, which a change of uid keeps, capabilities(7)
+    calls.call("prctl", process.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def restrict_files(spec: Spec) -> None:
-    """Reading anywhere in this root, which has nothing but what jobs may read; writing in the three places only."""
-    if spec.nest.landlock:
-        version = landlock.restrict(["/"], [*rootfs.WRITABLE, *(f"/dev/{name}" for name in rootfs.DEVICES)])
-        try:
-            os.close(os.open("self/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=spec.proc))
-        except PermissionError:
-            spec.landlock = version  # a mount that is below no path at all is closed: it is in force
+def restrict_files(calls: Calls, nest: Nest) -> None:
+    """Reading anywhere in this root, which has nothing but what jobs may read; writing in the three places only.
+
+    A mount that is below no path at all is closed then: the slot SEEN gets the errno that says so.
+    """
+    if nest.landlock:
+        landlock.add_restrict(calls, ["/"], [*rootfs.WRITABLE, *(f"/dev/{name}" for name in rootfs.DEVICES)])
+        calls.call("openat", PROC, b"self/status", os.O_RDONLY | os.O_CLOEXEC, 0, store=SEEN, expected=ANYTHING)
 
 
-def reset_process(spec: Spec) -> None:
+def reset_process(calls: Calls, nest: Nest) -> None:
     """What a process inherits silently: a server started with nohup hands SIGHUP ignored to its children."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.umask(0o022)
-    process.set_dumpable(True)  # its own /proc/self, which the change of uid has closed
-    close(spec.proc)
-    spec.proc = -1
+    calls.call("rt_sigprocmask", signal.SIG_SETMASK, bytes(process.SIGSET_BYTES), None, process.SIGSET_BYTES)
+    calls.call("umask", 0o022)
+    calls.call("prctl", process.PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own /proc/self, which the change of uid has closed
+    calls.call("close", PROC)
 
 
-def change_directory(spec: Spec) -> None:
-    os.chdir(rootfs.WORK)
-    if os.getcwd() != rootfs.WORK:  # "(unreachable)/..." would be the host's tree, getcwd(3)
-        raise OSError(0, f"the work directory is {os.getcwd()!r}")
+def change_directory(calls: Calls, nest: Nest) -> None:
+    work = rootfs.WORK.encode() + b"\0"
+    calls.call("chdir", work)
+    where = calls.buffer(4096)
+    calls.call("getcwd", where, 4096)
+    calls.equal(where, work, error=0, about="the work directory is another")  # "(unreachable)/..." would be the host's
 
 
-def install_filter(spec: Spec) -> None:
-    if spec.nest.job_filter:
-        seccomp.load(spec.nest.job_filter)
-        spec.filter = spec.nest.job_filter
+def install_filter(calls: Calls, nest: Nest) -> None:
+    if nest.job_filter:
+        seccomp.add_load(calls, nest.job_filter)
 
 
 JOB_STEPS: Final[tuple[Step, ...]] = (
@@ -251,10 +289,10 @@ JOB_STEPS: Final[tuple[Step, ...]] = (
 )
 
 
-def become_collector(spec: Spec) -> None:
+def become_collector(calls: Calls, nest: Nest) -> None:
     """The job's identity under init's filter, which knows no unshare: with one uid, init's own without capabilities."""
-    if not spec.nest.shared_uid:
-        become_user(spec)
+    if not nest.shared_uid:
+        become_user(calls, nest)
 
 
 COLLECTOR_STEPS: Final[tuple[Step, ...]] = (
@@ -265,12 +303,34 @@ COLLECTOR_STEPS: Final[tuple[Step, ...]] = (
 )
 
 
-def _write_proc(spec: Spec, name: str, data: bytes) -> None:
-    """One write(2) on a file of /proc/self: the kernel's refusal is not lost. Raises: OSError naming the file."""
-    descriptor = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=spec.proc)
-    try:
-        os.write(descriptor, data)
-    except OSError as error:
-        raise OSError(error.errno or 0, f"/proc/self/{name}: {os.strerror(error.errno or 0)}") from None
-    finally:
-        os.close(descriptor)
+def _write_proc(calls: Calls, name: str, data: bytes) -> None:
+    """One write(2) on a file of /proc/self: the kernel's refusal is not lost."""
+    about = f"/proc/self/{name}"
+    calls.call("openat", PROC, f"self/{name}".encode(), os.O_WRONLY | os.O_CLOEXEC, 0, about=about, store=SCRATCH)
+    calls.call("write", SCRATCH, data, len(data), about=about, expected=len(data))
+    calls.call("close", SCRATCH)
+
+
+def _check_ids(calls: Calls, wanted: int) -> None:
+    ids = calls.buffer(12)
+    for name in ("getresuid", "getresgid"):
+        calls.call(name, ids, ids + 4, ids + 8)
+        calls.equal(ids, struct.pack("=3I", *[wanted] * 3), error=0, about=f"{name} does not show {wanted}")
+
+
+def tabulate(nest: Nest) -> Tables:
+    """All that happens between the zygote's fork and the first line of Python in what comes of it."""
+    return Tables(
+        _tabulate(INIT_STEPS, nest),
+        _tabulate(JOB_STEPS, nest),
+        _tabulate(CONFINE_STEPS, nest),
+        _tabulate(COLLECTOR_STEPS, nest, "collector: "),
+    )
+
+
+def _tabulate(steps: tuple[Step, ...], nest: Nest, prefix: str = "") -> Calls:
+    calls = Calls()
+    for name, add in steps:
+        calls.step = prefix + name
+        add(calls, nest)
+    return calls

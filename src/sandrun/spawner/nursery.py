@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from sandrun.errors import SetupError
-from sandrun.linux import ids, process
+from sandrun.linux import calls, ids, process
 from sandrun.linux.cgroup import Cgroup
 from sandrun.sandbox import job, messages, rootfs, script
 from sandrun.spawner import interpreters, protocol, zygote
@@ -24,13 +24,15 @@ from sandrun.spawner import interpreters, protocol, zygote
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = (
     "__init__ bounds errors "
-    "linux/__init__ linux/libc linux/memory linux/exits linux/process linux/mounts linux/capabilities linux/seccomp "
-    "linux/landlock "
+    "linux/__init__ linux/libc linux/memory linux/exits linux/process linux/calls linux/mounts linux/capabilities "
+    "linux/seccomp linux/landlock "
     "sandbox/__init__ sandbox/spec sandbox/messages sandbox/steps sandbox/rootfs sandbox/report sandbox/script "
-    "sandbox/generators sandbox/unpack sandbox/tar sandbox/collect sandbox/job sandbox/init "
+    "sandbox/generators sandbox/unpack sandbox/tar sandbox/collect sandbox/job "
     "spawner/__init__ spawner/protocol spawner/preload spawner/zygote"
 ).split()
 """What a zygote runs. It gets these as an archive in memory: its uid may not be able to read where they lie."""
+
+LIBRARY = f"linux/{calls.LIBRARY}"
 
 SITECUSTOMIZE = b"""\
 def _run():
@@ -96,6 +98,8 @@ def make_archive(overrides: Mapping[str, bytes] | None = None) -> int:
             with open(os.path.join(PACKAGE, f"{name}.py"), "rb") as file:
                 source = file.read()
             _put(archive, f"sandrun/{name}", (overrides or {}).get(name, source))
+        with open(os.path.join(PACKAGE, LIBRARY), "rb") as file:
+            archive.writestr(f"sandrun/{LIBRARY}", (overrides or {}).get(LIBRARY, file.read()))
     return sealed(buffer.getvalue(), "code")
 
 

@@ -4,18 +4,21 @@ read-only root. It forks sandboxes and sees no job's data. Everything here runs 
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import sys
 from typing import Any
 
-from sandrun.linux import memory, process
-from sandrun.sandbox import init, messages, rootfs, script
+from sandrun.linux import calls, memory, process
+from sandrun.linux.calls import Slots
+from sandrun.sandbox import job, messages, rootfs, script
 from sandrun.sandbox.spec import INIT_UID, JOB_UID, Nest, Spec
-from sandrun.sandbox.steps import StepFailed
+from sandrun.sandbox.steps import StepFailed, tabulate
 from sandrun.spawner import preload, protocol
 
 CODE, CONFIG, SOCKET = 3, 4, 5
@@ -90,8 +93,17 @@ def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
 
 
 def _serve(connection: socket.socket, nest: Nest) -> None:
-    signal.signal(signal.SIGCHLD, _reap)
+    ended = process.child_descriptor()
+    waiting = select.poll()
+    waiting.register(connection, select.POLLIN)
+    waiting.register(ended, select.POLLIN)
     while True:
+        ready = dict(waiting.poll())
+        if ended in ready:
+            os.read(ended, 4096)
+            _reap()
+        if connection.fileno() not in ready:
+            continue
         message, descriptors = protocol.receive(connection, 64, protocol.MAX_DESCRIPTORS)
         if not message:
             os._exit(0)
@@ -101,12 +113,15 @@ def _serve(connection: socket.socket, nest: Nest) -> None:
         try:
             if _spawn(connection, nest, spawn, descriptors):
                 return
-        except OSError as error:
-            protocol.send(connection, protocol.encode_refused(spawn.slot, messages.failure("clone3", error)))
+        except (OSError, StepFailed) as error:
+            step = error.step if isinstance(error, StepFailed) else "clone3"
+            failure = messages.failure(step, error.__cause__ or error)
+            protocol.send(connection, protocol.encode_refused(spawn.slot, failure))
         protocol.close_all(descriptors)
 
 
-def _reap(number: int, frame: object) -> None:
+def _reap() -> None:
+    """Of sandboxes that are over. Nowhere else: until then no other process has their pids (`_write_maps`)."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -114,30 +129,38 @@ def _reap(number: int, frame: object) -> None:
         pass
 
 
+_tables: dict[int, calls.Tables] = {}
+"""By `Nest.entries`, which is the same for all sandboxes."""
+
+
 def _spawn(connection: socket.socket, nest: Nest, spawn: protocol.Spawn, descriptors: list[int]) -> bool:
     """Fork a sandbox's init. Returns True only in a job's process that is to run in this interpreter."""
-    has_storage = bool(spawn.flags & protocol.HAS_STORAGE)
-    has_cgroup = bool(spawn.flags & protocol.HAS_CGROUP)
-    cgroup = descriptors[protocol.SPAWN_FIXED_DESCRIPTORS + has_storage] if has_cgroup else None
+    if spawn.entries not in _tables:
+        nest.entries = spawn.entries
+        _tables[spawn.entries] = tabulate(nest)
+    slots = Slots()
+    slots[calls.INIT_ID], slots[calls.JOB_ID] = spawn.init_id, spawn.job_id
+    slots[calls.CONTROL], slots[calls.GATE], *rest = descriptors
+    if spawn.flags & protocol.HAS_STORAGE:
+        slots[calls.STORAGE] = rest.pop(0)
+    else:
+        try:
+            descriptors.append(rootfs.new_storage(spawn.storage_bytes, owner=0, noswap=False))
+        except OSError as error:
+            raise StepFailed("storage") from error
+        slots[calls.STORAGE] = descriptors[-1]
+    cgroup = rest.pop(0) if spawn.flags & protocol.HAS_CGROUP else None
+    for slot, entry in zip(calls.ENTRIES[: spawn.entries], rest, strict=True):
+        slots[slot] = entry
+    calls.TITLE.value = process.title(f"sandrun: sandbox {spawn.slot}")[1]
     ours, theirs = socket.socketpair()
     try:
-        pid, pidfd = process.clone3(process.CLONE_NEWPID, cgroup_fd=cgroup)
+        slots[calls.SYNC] = theirs.fileno()
+        pid, pidfd = calls.spawn(_tables[spawn.entries], slots, cgroup_fd=cgroup)
         if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            spec = Spec(
-                nest,
-                slot=spawn.slot,
-                init_id=spawn.init_id,
-                job_id=spawn.job_id,
-                storage_bytes=spawn.storage_bytes,
-                descriptors=descriptors,
-                has_storage=has_storage,
-                has_cgroup=has_cgroup,
-            )
-            ours.close()
-            connection.detach()  # closed by number, with everything else that is foreign
-            spec.sync = theirs.detach()
-            init.be_init(spec)
+            for end in (ours, theirs, connection):
+                end.detach()  # closed by number, with everything else that is foreign
+            _be_forked(nest, slots, _tables[spawn.entries].filter)
             return True
         theirs.close()
         protocol.send(connection, protocol.encode_spawned(spawn.slot), [pidfd])
@@ -149,6 +172,21 @@ def _spawn(connection: socket.socket, nest: Nest, spawn: protocol.Spawn, descrip
         ours.close()
         theirs.close()
     return False
+
+
+def _be_forked(nest: Nest, slots: Slots, filter: bytes) -> None:
+    """Be what a sandbox's init has forked. Returns only if this interpreter is to run the job."""
+    spec = Spec(
+        nest,
+        control=slots[calls.CONTROL],
+        gate=slots[calls.GATE],
+        snapshot=slots[calls.SNAPSHOT],
+        landlock=nest.landlock if slots[calls.SEEN] == -errno.EACCES else 0,
+        filter=filter,
+    )
+    if slots[calls.ROLE] == calls.COLLECTOR:
+        job.be_collector(spec, slots[calls.WISHES], slots[calls.OUTPUTS])
+    job.become_job(spec)
 
 
 def _write_maps(pid: int, spawn: protocol.Spawn) -> None:
