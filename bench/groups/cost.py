@@ -117,7 +117,7 @@ def parked(context: Context) -> Outcome:
                 time.sleep(1.0)
                 readings = []
                 for _ in range(10):
-                    readings.append(machine.meminfo()["MemAvailable"])
+                    readings.append(machine.available())
                     time.sleep(0.05)
                 levels.append(median(readings))
             falls.append((levels[0] - levels[1]) / (many - few) / MIB)

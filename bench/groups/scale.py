@@ -29,7 +29,7 @@ def hello_p50(connection: wire.Connection, count: int) -> float:
 def _available() -> float:
     readings = []
     for _ in range(10):
-        readings.append(float(machine.meminfo()["MemAvailable"]))
+        readings.append(float(machine.available()))
         time.sleep(0.05)
     return median(readings)
 
