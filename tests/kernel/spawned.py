@@ -26,6 +26,7 @@ from sandrun.spawner import nursery, protocol, server, supervisor
 from sandrun.spawner.client import Ended, Order, SpawnerClient
 from tests import host, serving
 
+ROOT = Path(__file__).parents[2]
 END_SECONDS = host.within(12.0)
 UID_BASE = 1879048192
 SAY = "import ctypes, time; print('begun', flush=True); ctypes.CDLL(None).prctl(15, b'begun', 0, 0, 0); time.sleep(60)"
@@ -272,11 +273,11 @@ def hear_late(kind: type, name: str, seconds: float) -> None:
 
 def rebuilt(old: str, new: str) -> dict[str, bytes]:
     """linux/calls.c with one text in the place of another, compiled."""
-    text = Path(nursery.PACKAGE, "linux/calls.c").read_text()
+    text = (ROOT / "src/sandrun/linux/calls.c").read_text()
     assert text.count(old) == 1, f"calls.c has {text.count(old)} times {old!r}"
     with tempfile.TemporaryDirectory() as name:
         Path(name, "calls.c").write_text(text.replace(old, new))
-        command = [Path(__file__).parents[2] / "scripts/compile", Path(name, "calls.c"), Path(name, "library")]
+        command = [ROOT / "scripts/compile", Path(name, "calls.c"), Path(name, "library")]
         subprocess.run(command, check=True)
         return {nursery.LIBRARY: Path(name, "library").read_bytes()}
 

@@ -16,7 +16,7 @@ from sandrun.linux.calls import ANYTHING, SCRATCH, TREE, Calls, Slot, Slots
 from sandrun.sandbox import job, messages, rootfs
 from tests.kernel.children import errno_of, in_child
 
-C_SOURCE = Path(module.__file__).with_name("calls.c").read_text()
+C_SOURCE = (Path(__file__).parents[2] / "src/sandrun/linux/calls.c").read_text()
 
 
 def test_calls_are_made_in_order_and_the_first_that_fails_ends_them(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,13 @@ def test_ruff_finds_nothing():
 @pytest.mark.timeout(300)
 def test_mypy_strict_finds_nothing():
     check("mypy")
+
+
+def test_compiler_warns_of_nothing(tmp_path):
+    """In what `pip install` compiles, where a warning that is new to a compiler must not be an error."""
+    source = ROOT / "src/sandrun/linux/calls.c"
+    subprocess.run(
+        [ROOT / "scripts/compile", source, tmp_path / "libcalls.so"],
+        env={**os.environ, "CFLAGS": "-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -Werror"},
+        check=True,
+    )

@@ -139,7 +139,7 @@ i64 run(const struct table *table, i64 *slots, struct failure *failed)
                     result = -1;
             failed->error = a[3];
         } else if (call->number == PLACE) { /* where, an int */
-            *(volatile int *)a[0] = a[1];
+            *(volatile int *)a[0] = (int)a[1];
         } else if (call->number == CLOSE_FOREIGN) { /* the slots to keep */
             result = close_foreign(a[0], slots);
             failed->error = -result;
@@ -190,7 +190,7 @@ static char *put_number(char *at, const char *end, i64 number)
     char *first = digits + 23;
     *first = 0;
     do
-        *--first = '0' + number % 10;
+        *--first = (char)('0' + number % 10);
     while (number /= 10);
     return put(at, end, first);
 }
@@ -216,7 +216,7 @@ static void give_up(i64 channel, const struct failure *why)
     at = put(at, end, why->about);
     if (why->error) {
         at = put(at, end, ": ");
-        at = put(at, end, strerror(why->error));
+        at = put(at, end, strerror((int)why->error));
     }
     KERNEL(NR_write, channel, text, at - text, 0);
     leave(SETUP_FAILED);
@@ -243,7 +243,7 @@ static i64 fork_child(const i64 *slots)
 
 static int readable(struct pollfd *polled, u64 n, int wait)
 {
-#if defined(NR_ppoll) || defined(__aarch64__)
+#if defined(__aarch64__)
     struct timespec none = {0, 0};
     return KERNEL(NR_ppoll, polled, n, wait ? 0 : &none, 0) > 0;
 #else
@@ -298,7 +298,7 @@ static void kill_all(const i64 *slots)
 /* Reap until the entrypoint is over, then end every other process. Returns its status, waitpid(2). */
 static int wait_for_the_end(i64 *slots, i64 pid, int *collect)
 {
-    struct pollfd polled[2] = {{slots[SIGNALS], POLLIN, 0}, {slots[CONTROL], POLLIN, 0}};
+    struct pollfd polled[2] = {{(int)slots[SIGNALS], POLLIN, 0}, {(int)slots[CONTROL], POLLIN, 0}};
     int status = 0, n = 2;
     while (!reap(pid, &status)) {
         u8 information[128]; /* struct signalfd_siginfo: which signal does not matter, there is one */
@@ -341,7 +341,7 @@ static void report_the_end(const i64 *slots, int status)
     struct exited told = {
         'e', left.bfree == 0 || left.ffree == 0 ? HIT_STORAGE : 0, 0, status,
         (used.user.seconds + used.system.seconds) * 1000000 + used.user.microseconds + used.system.microseconds,
-        used.maxrss * 1024, now.seconds + now.nanoseconds * 1e-9,
+        used.maxrss * 1024, (double)now.seconds + (double)now.nanoseconds * 1e-9,
     };
     KERNEL(NR_write, slots[CONTROL], &told, sizeof told, 0);
 }
