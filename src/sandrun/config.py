@@ -175,7 +175,7 @@ class Config:
         "jobs",
         "number",
         0.05,
-        "part of RAM that the sandboxes of one environment may take that wait for jobs, 3 MiB each; 0 builds each when "
+        "part of RAM that the sandboxes of one environment may take that wait for jobs, 4 MiB each; 0 builds each when "
         "its job comes",
         low=0,
         high=0.5,

@@ -29,7 +29,7 @@ from sandrun.spawner.selftest import TICKETS, SelfTests
 from sandrun.spawner.tenant import Done, Tenant, Waiting, end_unbuilt
 from sandrun.spawner.walls import Walls
 
-PARKED_BYTES = 3 << 20
+PARKED_BYTES = 4 << 20
 """What a parked sandbox takes."""
 MOST_PARKED = 64
 SHORT_SHARE = 20
