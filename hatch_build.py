@@ -11,7 +11,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
-    """The wheel is for one kind of machine, but for any Python and any libc: the library needs nothing of either."""
+    """The wheel is for one kind of machine, but any Python and any libc: the library asks for strerror(3) alone."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         try:

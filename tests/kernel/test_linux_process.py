@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from sandrun.linux import libc, mounts, process
+from sandrun.linux.calls import Calls
 from tests.kernel.children import errno_of, in_child
 
 ALL_NAMESPACES = (
@@ -307,8 +308,10 @@ def test_host_name_of_a_uts_namespace_is_its_own():
     outside = os.uname().nodename
 
     def probe():
-        process.sethostname(b"job")
-        process.setdomainname(b"nowhere")
+        calls = Calls()
+        calls.call("sethostname", b"job", 3)
+        calls.call("setdomainname", b"nowhere", 7)
+        calls.run()
         with open("/proc/sys/kernel/domainname") as file:
             return os.uname().nodename, file.read()
 
@@ -332,7 +335,7 @@ def test_setns_enters_the_namespace_of_a_pidfd():
         end, start = os.pipe()
         pid, pidfd = process.clone3(process.CLONE_NEWUTS)
         if pid == 0:
-            process.sethostname(b"inner")
+            socket.sethostname("inner")
             os.write(start, b"1")
             signal.pause()
         os.read(end, 1)

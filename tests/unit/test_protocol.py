@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +59,8 @@ def test_what_is_sent_is_what_is_read() -> None:
     assert protocol.decode_spawned(protocol.encode_spawned(5)) == 5
     assert protocol.decode_refused(protocol.encode_refused(5, b"step\0001\0text")) == (5, b"step\0001\0text")
     exited = messages.Exited(messages.HIT_STORAGE, 256, 10, 4096, 1.5)
-    assert messages.Exited.decode(exited.encode()) == exited
+    sent = struct.pack("<cBHiqqd", messages.EXITED, messages.HIT_STORAGE, 0, 256, 10, 4096, 1.5)  # as calls.c does
+    assert messages.Exited.decode(sent) == exited
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,6 @@ class Calls:
         """Close all descriptors from 3 on but those in the slots `own`."""
         self._put(CLOSE_FOREIGN, (sum(1 << slot for slot in own),), "close_range")
 
-    def fail(self, error: int, about: str) -> None:
-        """Fail."""
-        self.equal(b"a", b"b", error=error, about=about)
-
     def _put(
         self, number: int, arguments: tuple[Any, ...], about: str, store: Slot | None = None, expected: int = SUCCESS
     ) -> None:
@@ -188,7 +184,8 @@ def spawn(tables: Tables, slots: Slots, *, cgroup_fd: int | None) -> tuple[int, 
 
 def _load() -> ctypes.PyDLL:
     """By a memory file: where this module lies in an archive, so does the library."""
-    data = __loader__.get_data(os.path.join(os.path.dirname(__file__), LIBRARY))  # type: ignore[name-defined]
+    loader: Any = __spec__.loader  # of a file or of an archive: both have what importlib.abc.ResourceLoader has
+    data: bytes = loader.get_data(os.path.join(os.path.dirname(__file__), LIBRARY))
     descriptor = os.memfd_create("sandrun", os.MFD_CLOEXEC)
     try:
         os.write(descriptor, data)

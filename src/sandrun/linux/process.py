@@ -46,8 +46,6 @@ NAMESPACES = ("user", "pid", "net", "mnt", "ipc", "uts", "cgroup")  # names in /
 _prctl = bind("prctl", ctypes.c_int, *[ctypes.c_ulong] * 4)
 _unshare = bind("unshare", ctypes.c_int)
 _setns = bind("setns", ctypes.c_int, ctypes.c_int)
-_sethostname = bind("sethostname", ctypes.c_char_p, ctypes.c_size_t)
-_setdomainname = bind("setdomainname", ctypes.c_char_p, ctypes.c_size_t)
 
 
 def set_no_new_privs() -> None:
@@ -236,16 +234,6 @@ def unshare(flags: int) -> None:
 def setns(descriptor: int, flags: int) -> None:
     """Enter the namespaces `flags` of a pidfd, or the one namespace of an open /proc/PID/ns file. See setns(2)."""
     _setns(descriptor, flags)
-
-
-def sethostname(name: bytes) -> None:
-    """Name the UTS namespace's host."""
-    _sethostname(name, len(name))
-
-
-def setdomainname(name: bytes) -> None:
-    """Name the UTS namespace's NIS domain."""
-    _setdomainname(name, len(name))
 
 
 def pivot_root(new: str, old: str) -> None:

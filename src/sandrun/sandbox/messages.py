@@ -58,7 +58,7 @@ def decode_time(tail: bytes, earliest: float, latest: float) -> float:
 
 
 class Exited(NamedTuple):
-    """`status` as waitpid(2) gives it; CPU and the peak are getrusage(2)'s, for hosts without cgroups.
+    """What calls.c sends. CPU and the peak are getrusage(2)'s, for hosts without cgroups; `status` is waitpid(2)'s.
 
     `ended` is the CLOCK_MONOTONIC second at which nothing of the job's was left.
     """
@@ -68,9 +68,6 @@ class Exited(NamedTuple):
     cpu_us: int
     memory_peak: int
     ended: float
-
-    def encode(self) -> bytes:
-        return _EXITED.pack(EXITED, self.hits, 0, self.status, self.cpu_us, self.memory_peak, self.ended)
 
     @classmethod
     def decode(cls, message: bytes) -> Exited:
