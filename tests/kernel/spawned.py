@@ -282,23 +282,31 @@ def rebuilt(old: str, new: str) -> dict[str, bytes]:
         return {nursery.LIBRARY: Path(name, "library").read_bytes()}
 
 
+NANOSLEEP = f"""
+from sandrun.linux import libc
+libc.SYS["nanosleep"] = {35 if os.uname().machine == "x86_64" else 101}
+"""
+
+
 def sleeping(before: str, seconds: float) -> dict[str, bytes]:
     """`sandbox.steps` with a pause before a call, wherever it is carried out."""
     pause = f"    calls.call('nanosleep', struct.pack('=2q', 0, {round(seconds * 1e9)}), None)\n"
     changed = without("sandbox/steps", (before, pause + before))["sandbox/steps"]
-    number = {"x86_64": 35, "aarch64": 101}[os.uname().machine]
-    return {"sandbox/steps": changed + b"\nfrom sandrun.linux import libc\nlibc.SYS['nanosleep'] = %d\n" % number}
+    return {"sandbox/steps": changed + NANOSLEEP.encode()}
 
 
-def spoilt(table: str, step: str, *, from_sandbox: int = 0) -> dict[str, bytes]:
-    """`sandbox.steps` with one step of one of its tables refused, from the zygote's n-th sandbox on."""
+def spoilt(table: str, step: str, *, from_sandbox: int = 0, late: float = 0) -> dict[str, bytes]:
+    """`sandbox.steps` with one step of one of its tables refused, after a while, from the zygote's n-th sandbox on."""
     text = f"""{source("sandbox/steps")}
+{NANOSLEEP}
 
 SANDBOXES = 0
 
 def _spoilt(name, add):
     def refuse(calls, nest):
         if SANDBOXES >= {from_sandbox}:
+            if {late}:
+                calls.call("nanosleep", struct.pack("=2q", 0, {round(late * 1e9)}), None)
             calls.equal(b"a", b"b", error={ERRNO}, about="spoilt by a test")
         add(calls, nest)
     return name, refuse if name == {step!r} else add

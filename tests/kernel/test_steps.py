@@ -130,6 +130,14 @@ async def test_job_ends_as_setup_failed_when_a_step_fails(table: str, step: str,
         assert serving.wait_until(lambda: f"could not be built: {step}: " in one.text(), 3)  # nobody's, so it is logged
 
 
+@pytest.mark.parametrize("step", [name for name, _ in CONFINE_STEPS[:-1]])
+async def test_no_job_begins_before_init_is_confined(step: str, tmp_path: Path) -> None:
+    """On a busy machine init gets a core only when the job's process could be done with everything."""
+    async with spawned(tmp_path, spoilt("CONFINE_STEPS", step, from_sandbox=2, late=0.7)) as one:
+        await one.client.ready()
+        assert_failed(await one.run(), step)
+
+
 async def test_step_that_hangs_is_ended(tmp_path: Path) -> None:
     waits = 'calls.call("read", GATE, calls.buffer(1), 1)\n    '
     slow = without("sandbox/steps", (LEADS_A_SESSION, waits + LEADS_A_SESSION))

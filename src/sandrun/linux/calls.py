@@ -30,8 +30,8 @@ class Slot(int):
 
 CONTROL, GATE, SIGNALS, WISHES, OUTPUTS, ROLE, TID = (Slot(number) for number in range(7))
 """calls.c knows these by number."""
-SYNC, STORAGE, SNAPSHOT, PROC, INIT_ID, JOB_ID, SEEN, SCRATCH, TREE = (Slot(number) for number in range(7, 16))
-ENTRIES = tuple(Slot(number) for number in range(16, _SLOTS))
+SYNC, STORAGE, SNAPSHOT, PROC, INIT_ID, JOB_ID, SEEN, SCRATCH, TREE, READY = (Slot(number) for number in range(7, 17))
+ENTRIES = tuple(Slot(number) for number in range(17, _SLOTS))
 
 
 TITLE = ctypes.create_string_buffer(8192)

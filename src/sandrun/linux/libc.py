@@ -38,11 +38,11 @@ _BY_MACHINE = {
         "setresuid": 117, "getresuid": 118, "setresgid": 119, "getresgid": 120, "capget": 125, "capset": 126,
         "pivot_root": 155, "prctl": 157, "mount": 165, "umount2": 166, "sethostname": 170, "setdomainname": 171,
         "exit_group": 231, "mkdirat": 258, "fchownat": 260, "fchmodat": 268, "openat": 257,
-        "unshare": 272, "signalfd4": 289, "prlimit64": 302,
+        "unshare": 272, "signalfd4": 289, "eventfd2": 290, "prlimit64": 302,
         "process_vm_readv": 310, "seccomp": 317, "memfd_create": 319,
     },
     "aarch64": {
-        "getcwd": 17, "chdir": 49, "openat": 56, "umask": 166, "prlimit64": 261,
+        "getcwd": 17, "eventfd2": 19, "chdir": 49, "openat": 56, "umask": 166, "prlimit64": 261,
         "mkdirat": 34, "umount2": 39, "mount": 40, "pivot_root": 41, "fchmodat": 53, "fchownat": 54, "close": 57,
         "read": 63, "write": 64, "signalfd4": 74, "capget": 90, "capset": 91, "exit_group": 94, "unshare": 97,
         "rt_sigaction": 134, "rt_sigprocmask": 135, "setresgid": 149, "setresuid": 147, "getresuid": 148,

@@ -22,6 +22,7 @@ from sandrun.linux.calls import (
     GATE,
     INIT_ID,
     PROC,
+    READY,
     SCRATCH,
     SEEN,
     SIGNALS,
@@ -56,6 +57,7 @@ def name_init(calls: Calls, nest: Nest) -> None:
     where, text = process.title("")
     calls.copy(where, TITLE, len(text))
     calls.call("memfd_create", b"snapshot", os.MFD_CLOEXEC, store=SNAPSHOT)
+    calls.call("eventfd2", 0, os.EFD_CLOEXEC, store=READY)
 
 
 def enter_cgroup(calls: Calls, nest: Nest) -> None:
@@ -66,7 +68,7 @@ def enter_cgroup(calls: Calls, nest: Nest) -> None:
 
 def close_foreign(calls: Calls, nest: Nest) -> None:
     """Only the sandbox's own descriptors and 0-2 stay: a zygote's socket here would be a way to the spawner."""
-    calls.close_foreign((CONTROL, GATE, STORAGE, SYNC, SNAPSHOT))
+    calls.close_foreign((CONTROL, GATE, STORAGE, SYNC, SNAPSHOT, READY))
 
 
 def unshare_namespaces(calls: Calls, nest: Nest) -> None:
@@ -161,10 +163,16 @@ def install_init_filter(calls: Calls, nest: Nest) -> None:
         seccomp.add_load(calls, nest.init_filter)
 
 
+def release_job(calls: Calls, nest: Nest) -> None:
+    calls.call("write", READY, (1).to_bytes(8, sys.byteorder), 8, expected=8)
+    calls.call("close", READY)
+
+
 CONFINE_STEPS: Final[tuple[Step, ...]] = (
     ("init", wait_by_descriptor),
     ("init capabilities", give_up_capabilities),
     ("init filter", install_init_filter),
+    ("init confined", release_job),
 )
 """What init does when it has forked the job's process."""
 
@@ -270,6 +278,13 @@ def change_directory(calls: Calls, nest: Nest) -> None:
     calls.equal(where, work, error=0, about="the work directory is another")  # "(unreachable)/..." would be the host's
 
 
+def wait_for_init(calls: Calls, nest: Nest) -> None:
+    """Until init's own walls stand. If one fails init is gone, and with it this process: on a busy machine init may not
+    have had a core when all that follows here is done, the client's code too."""
+    calls.call("read", READY, calls.buffer(8), 8, expected=8)
+    calls.call("close", READY)
+
+
 def install_filter(calls: Calls, nest: Nest) -> None:
     if nest.job_filter:
         seccomp.add_load(calls, nest.job_filter)
@@ -285,6 +300,7 @@ JOB_STEPS: Final[tuple[Step, ...]] = (
     ("landlock", restrict_files),  # needs no_new_privs, landlock(7)
     ("inherited state", reset_process),
     ("work directory", change_directory),
+    ("init's walls", wait_for_init),
     ("seccomp", install_filter),  # last: the lines above use calls that it refuses
 )
 
