@@ -60,8 +60,6 @@ def _pass_gate(spec: Spec) -> dict[str, Any]:
         rootfs.link_caches(spec.nest.caches)
         step = "random generators"
         generators.renew()
-        step = "interpreter"
-        script.prepare()
         gate.send(messages.CONFINED + json.dumps(found, separators=(",", ":")).encode())
         step = "rehearsal"
         _rehearse(spec)  # while the host looks

@@ -155,23 +155,22 @@ def _is_ours(name: str) -> bool:
 
 
 def prepare() -> None:
-    """Take what is Sandrun's out of the client's sight, before there is a client."""
+    """Take what is Sandrun's out of the client's sight, in the zygote, when all of it is loaded and frozen."""
     for name in [name for name in sys.modules if _is_ours(name)]:
-        _increment(sys.modules.pop(name))  # never freed: its pages are the zygote's
+        _increment(sys.modules.pop(name))  # never freed
     custom = sys.modules.get("sitecustomize")  # the import machinery still needs the name, nobody what is in it
     if custom is not None:
         for name in [name for name in vars(custom) if not name.startswith("__")]:
             delattr(custom, name)
-    warm_up()
-    process.set_name("python3")
-    main = ModuleType("__main__")  # the zygote's is frozen: the collector would never take what the client makes in it
+    main = ModuleType("__main__")  # the first one is frozen: the collector would never take what the client makes in it
     main.__dict__.update(__builtins__=sys.modules["builtins"], __annotations__={})
     _increment(sys.modules["__main__"])
     sys.modules["__main__"] = main
 
 
 def rehearse(environment: dict[str, str]) -> None:
-    """Do without effect what `become` and `_finish` do."""
+    """Do without effect what `become` and `_finish` do, and what a script does."""
+    warm_up()
     os.environ.clear()
     process.set_environment_area(environment)
     os.environ.update(environment)

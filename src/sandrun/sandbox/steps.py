@@ -266,6 +266,7 @@ def reset_process(calls: Calls, nest: Nest) -> None:
     """What a process inherits silently: a server started with nohup hands SIGHUP ignored to its children."""
     calls.call("rt_sigprocmask", signal.SIG_SETMASK, bytes(process.SIGSET_BYTES), None, process.SIGSET_BYTES)
     calls.call("umask", 0o022)
+    calls.call("prctl", process.PR_SET_NAME, b"python3", 0, 0, 0)
     calls.call("prctl", process.PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own /proc/self, which the change of uid has closed
     calls.call("close", PROC)
 

@@ -82,6 +82,7 @@ def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
     script.remember()
     gc.collect()
     gc.freeze()
+    script.prepare()
     if config["preload"]:
         memory.collapse()  # a bare interpreter is small enough to be better off without
     return {
