@@ -282,9 +282,10 @@ def rebuilt(old: str, new: str) -> dict[str, bytes]:
         return {nursery.LIBRARY: Path(name, "library").read_bytes()}
 
 
+NANOSLEEP_NUMBER = 35 if os.uname().machine == "x86_64" else 101
 NANOSLEEP = f"""
 from sandrun.linux import libc
-libc.SYS["nanosleep"] = {35 if os.uname().machine == "x86_64" else 101}
+libc.SYS["nanosleep"] = {NANOSLEEP_NUMBER}
 """
 
 
@@ -317,15 +318,17 @@ def _spoilt(name, add):
 
 
 def counting() -> dict[str, bytes]:
-    """A zygote that counts its sandboxes in `steps.SANDBOXES`."""
+    """A zygote that counts its sandboxes in `steps.SANDBOXES`, and makes their tables anew."""
     text = f"""{source("spawner/zygote")}
 
 from sandrun.sandbox import steps
-_spawn_one = _spawn
+_serve_one = calls.ForkServer.serve
 
-def _spawn(*arguments):
+def serve(self):
     steps.SANDBOXES += 1
-    _tables.clear()
-    return _spawn_one(*arguments)
+    self.use(tabulate(_kept[1]))
+    return _serve_one(self)
+
+calls.ForkServer.serve = serve
 """
     return {"spawner/zygote": text.encode()}

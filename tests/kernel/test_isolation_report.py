@@ -16,7 +16,7 @@ import pytest
 from sandrun.linux import cgroup, landlock, mounts, process, seccomp
 from sandrun.sandbox import policy, report, rootfs
 from sandrun.sandbox.spec import Nest
-from tests.kernel.spawned import default_waived, spawned, without
+from tests.kernel.spawned import default_waived, rebuilt, spawned, without
 from tests.kernel.test_steps import refused
 
 ROOT = pytest.mark.root
@@ -152,7 +152,7 @@ NOTICED_OUTSIDE = [
         for name, flag in UNSHARED.items()
     ),
     pytest.param(
-        without("linux/calls", ("process.clone3(process.CLONE_NEWPID,", "process.clone3(0,")),
+        rebuilt("{CLONE_NEWPID | CLONE_PIDFD,", "{CLONE_PIDFD,"),
         "the pid namespace is the host's",
         id="pid namespace",
     ),
@@ -198,9 +198,8 @@ async def test_host_group_is_noticed_from_the_host(tmp_path: Path) -> None:
 @pytest.mark.requirement(2)
 async def test_uid_of_another_sandbox_is_noticed_from_the_host(tmp_path: Path) -> None:
     """Each sandbox gets the ids of its own slot, whatever the zygote does with them."""
-    change = ("= spawn.init_id, spawn.job_id\n", "= spawn.init_id, spawn.job_id + 2\n")
-    other = without("spawner/zygote", change, ("JOB_UID, spawn.job_id)", "JOB_UID, spawn.job_id + 2)"))
-    async with spawned(tmp_path, other) as one:
+    first = "    for (int slot = 0; slot < SLOTS; slot++)\n        slots[slot] = -1;"
+    async with spawned(tmp_path, rebuilt(first, f"    asked.job_id += 2;\n{first}")) as one:
         error = await refused(one)
     assert error.step == "verify from the host"
     assert "the host uid is" in error.details
@@ -385,7 +384,7 @@ async def test_each_field_is_verified(tmp_path: Path) -> None:
     inside, outside = await _reports(tmp_path)
     nest = Nest(
         job_filter=b"", init_filter=b"", filter_digest=inside["filter"], landlock=inside["landlock"],
-        namespaces=0, shared_uid=False, interpreters={}, path="", environment="", masked=[], core_limit=0,
+        namespaces=0, shared_uid=False, interpreters={}, path="", environment="", masked=[], core_limit=0, entries=0,
     )  # fmt: skip
     spec: Any = SimpleNamespace(nest=nest)
     report.verify(inside, spec)

@@ -12,8 +12,9 @@ import pytest
 
 from sandrun.linux import calls as module
 from sandrun.linux import libc
-from sandrun.linux.calls import ANYTHING, SCRATCH, TREE, Calls, Slot, Slots
+from sandrun.linux.calls import ANYTHING, SCRATCH, TREE, Calls, Slot, Slots, Tables
 from sandrun.sandbox import job, messages, rootfs
+from sandrun.spawner import protocol
 from tests.kernel.children import errno_of, in_child
 
 C_SOURCE = (Path(__file__).parents[2] / "src/sandrun/linux/calls.c").read_text()
@@ -108,13 +109,18 @@ def in_c(pattern: str) -> str:
 
 
 def test_slots_have_the_same_numbers_in_c():
-    names = in_c(r"enum \{ (CONTROL, [A-Z, ]+) \};").split(", ")
+    *names, entries = in_c(r"enum \{ (CONTROL, [A-Z_, ]+) \};").split(", ")
     assert [getattr(module, name) for name in names] == list(range(len(names)))
-    assert int(in_c(r"SLOTS = (\d+)")) == module._SLOTS
-    assert module.ENTRIES[-1] < module._SLOTS
+    assert entries == "ENTRIES"
+    assert list(module.ENTRIES) == list(range(len(names), len(names) + int(in_c(r"MOST_ENTRIES = (\d+)"))))
+    assert int(in_c(r"\bSLOTS = (\d+)")) == module._SLOTS
+    others = ("SNAPSHOT", "PROC", "SEEN", "SCRATCH", "TREE", "READY")
+    numbers = [*range(len(names)), *module.ENTRIES, *(getattr(module, name) for name in others)]
+    assert len(set(numbers)) == len(numbers)
+    assert max(numbers) < module._SLOTS
     for name in ("JOB", "COLLECTOR"):
         assert int(in_c(rf"\b{name} = (\d+)")) == getattr(module, name)
-    for name in ("COPY", "EQUAL", "CLOSE_FOREIGN", "PLACE", "SUCCESS", "ANYTHING"):
+    for name in ("COPY", "EQUAL", "CLOSE_FOREIGN", "PLACE", "DECIMAL", "SUCCESS", "ANYTHING"):
         assert int(in_c(rf"\b{name} = (-\d+)")) == getattr(module, name)
 
 
@@ -130,13 +136,85 @@ def test_messages_are_the_same_in_c():
     assert in_c(r'NR_statfs, "([^"]+)"') == rootfs.WORK
 
 
+def test_messages_of_a_zygote_are_the_same_in_c():
+    assert in_c(r"asked\.kind != '(.)'").encode() == protocol.SPAWN
+    assert in_c(r"struct answer said = \{'(.)'").encode() == protocol.SPAWNED
+    assert in_c(r"said = \{\{'(.)'").encode() == protocol.REFUSED
+    names = (("HAS_STORAGE", "HAS_STORAGE"), ("HAS_CGROUP", "HAS_CGROUP"), ("FIXED", "SPAWN_FIXED_DESCRIPTORS"))
+    for name, ours in (*names, ("DESCRIPTORS", "MAX_DESCRIPTORS")):
+        assert int(in_c(rf"\b{name} = (\d+)")) == getattr(protocol, ours)
+    assert protocol._SPAWN.size == 24  # struct spawn has no holes
+
+
+# ---- a fork server -----------------------------------------------------------------------------------------
+
+
+def ends_as(message: bytes | None, descriptors: int, *, entries: int = 0) -> int:
+    """The exit status of a fork server that is asked this; None closes its connection."""
+
+    def probe() -> int:
+        ours, theirs = protocol.pair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            empty = Tables(Calls(), Calls(), Calls(), Calls())
+            module.ForkServer(theirs.fileno(), empty, entries=entries, uids=None).serve()
+            os._exit(77)
+        theirs.close()
+        if message is not None:
+            protocol.send(ours, message, [0] * descriptors)
+        else:
+            ours.close()
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    return int(in_child(probe))
+
+
+SPAWN = protocol.Spawn(0, 0, 7, 1, 2, 1 << 20).encode()
+
+
+def test_fork_server_ends_with_its_spawner():
+    assert ends_as(None, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "descriptors"),
+    [
+        pytest.param(SPAWN[:-1], 2, id="cut"),
+        pytest.param(SPAWN + b"x", 2, id="too long"),
+        pytest.param(b"S" + SPAWN[1:], 2, id="another kind"),
+        pytest.param(SPAWN, 1, id="a descriptor too few"),
+        pytest.param(SPAWN, 3, id="a descriptor too many"),
+        pytest.param(SPAWN, 30, id="more descriptors than fit"),
+        pytest.param(protocol.Spawn(protocol.HAS_STORAGE, 0, 7, 1, 2, 1).encode(), 2, id="no storage"),
+        pytest.param(protocol.Spawn(0, 1, 7, 1, 2, 1).encode(), 3, id="another number of entries"),
+    ],
+)
+def test_fork_server_ends_when_the_table_of_messages_is_broken(message: bytes, descriptors: int):
+    assert ends_as(message, descriptors) == 1
+
+
+def test_more_entries_than_there_are_slots_for_are_refused():
+    many = len(module.ENTRIES) + 1
+    assert ends_as(protocol.Spawn(0, many, 7, 1, 2, 1).encode(), 2 + many, entries=many) == 1
+
+
+def test_a_slots_value_is_written_as_text():
+    calls, slots = Calls(), Slots()
+    where = calls.buffer(24, b"x" * 24)
+    slots[SCRATCH] = (1 << 62) + 5
+    calls.decimal(where, SCRATCH)
+    calls.run(slots)
+    assert ctypes.string_at(where, 20) == b"4611686018427387909x"
+
+
 @pytest.mark.parametrize(("machine", "architecture"), [("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)])
 def test_numbers_of_system_calls_are_libseccomps(machine: str, architecture: int):
     resolve = ctypes.CDLL("libseccomp.so.2")["seccomp_syscall_resolve_name_arch"]
     resolve.argtypes, resolve.restype = [ctypes.c_uint32, ctypes.c_char_p], ctypes.c_int
     block = in_c(rf"defined\(__{machine}__\)\nenum \{{(.*?)\}};")
     in_source = {name: int(number) for name, number in re.findall(r"NR_(\w+) = (\d+)", block)}
-    assert len(in_source) == 12
+    assert len(in_source) == 15
     for name, number in {**libc._COMMON, **libc._BY_MACHINE[machine], **in_source}.items():
         known = resolve(architecture, name.encode())
         assert known in (number, -1), name  # -1: this libseccomp is older than the call

@@ -31,7 +31,7 @@ ROOT = pytest.mark.root
 @ROOT
 @pytest.mark.requirement(2)
 async def test_wrong_id_maps_are_noticed(tmp_path: Path) -> None:
-    wrong = without("spawner/zygote", ("INIT_UID, spawn.init_id,", "INIT_UID - 1, spawn.init_id,"))
+    wrong = without("spawner/zygote", ("(INIT_UID, JOB_UID)", "(INIT_UID - 1, JOB_UID)"))
     async with spawned(tmp_path, wrong) as one:
         error = await refused(one)
     assert error.step == "user namespace"
@@ -49,7 +49,7 @@ print(json.dumps([sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), os.umask
 async def test_what_a_zygote_would_hand_down_is_reset(tmp_path: Path) -> None:
     """Mask, umask and session, whatever the zygote's are."""
     change = "os.umask(0o077); signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))"
-    serve = "        _serve(connection, nest)"
+    serve = "        connection.detach()"
     async with spawned(tmp_path, without("spawner/zygote", (serve, f"        {change}\n{serve}"))) as one:
         await one.client.ready()
         for fresh in (False, True):
@@ -59,7 +59,7 @@ async def test_what_a_zygote_would_hand_down_is_reset(tmp_path: Path) -> None:
 
 
 async def test_zygote_that_breaks_the_table_is_ended(tmp_path: Path) -> None:
-    serve = "        _serve(connection, nest)"
+    serve = "        connection.detach()"
     stray = f'        protocol.send(connection, b"?")\n{serve}'
     async with spawned(tmp_path, without("spawner/zygote", (serve, stray))) as one:
         await refused(one)
@@ -68,8 +68,8 @@ async def test_zygote_that_breaks_the_table_is_ended(tmp_path: Path) -> None:
 
 async def test_second_init_for_one_sandbox_ends_the_zygote(tmp_path: Path) -> None:
     """SPAWNED brings the pidfd that a sandbox is killed by: another's would be killed instead."""
-    once = "        protocol.send(connection, protocol.encode_spawned(spawn.slot), [pidfd])"
-    async with spawned(tmp_path, without("spawner/zygote", (once, f"{once}\n{once}"))) as one:
+    once = "say_spawned(us->connection, asked.slot, pidfd);"
+    async with spawned(tmp_path, rebuilt(once, f"{once} {once}")) as one:
         await refused(one)
         assert "which waits for none" in one.text()
 
@@ -123,7 +123,7 @@ async def test_api_that_breaks_the_table_is_given_up(message: bytes, descriptors
 
 @pytest.mark.requirement(21)
 async def test_init_that_does_not_listen_is_killed_with_its_job(tmp_path: Path) -> None:
-    deaf = rebuilt("slots[WISHES] >= 0)\n        return 1;", "slots[WISHES] >= 0)\n        return 0;")
+    deaf = rebuilt("|| n != 2)\n        return 1;", "|| n != 2)\n        return 0;")
     async with spawned(tmp_path, deaf) as one:
         await one.client.ready()
         began = time.monotonic()
@@ -154,7 +154,6 @@ async def test_collector_that_hangs_is_killed(tmp_path: Path) -> None:
 COLLECTOR = """
 
 def collect(directory, patterns, before, out_fd):
-    from sandrun.linux.libc import SYS, syscall
     try:
         os.close(os.memfd_create("x"))  # init's own filter allows it
         refused = 0

@@ -25,6 +25,7 @@ from sandrun.spawner import box, nursery, protocol, tenant
 from tests import host, serving
 from tests.kernel.spawned import (
     ERRNO,
+    NANOSLEEP_NUMBER,
     SAY,
     Done,
     Spawned,
@@ -170,23 +171,23 @@ async def test_what_stands_between_the_steps_fails_by_name(
 
 
 @pytest.mark.unprivileged
-async def test_storage_that_the_zygote_cannot_make_is_named(tmp_path: Path) -> None:
-    """With one uid it is the zygote that makes it."""
-    change = ("rootfs.new_storage(spawn.storage_bytes,", "rootfs.new_storage(-1,")
-    async with spawned(tmp_path, without("spawner/zygote", change)) as one:
+async def test_storage_that_a_sandbox_cannot_make_is_named(tmp_path: Path) -> None:
+    """With one uid it makes its own."""
+    change = ("slots[SIZE] = (i64)asked.storage_bytes;", "slots[SIZE] = 0x7fffffffffffffff;")
+    async with spawned(tmp_path, rebuilt(*change)) as one:
         error = await refused(one)
     assert (error.step, error.errno) == ("storage", errno.EINVAL)
 
 
 async def test_fork_that_fails_is_named(tmp_path: Path) -> None:
-    async with spawned(tmp_path, rebuilt("    pid = fork_child(slots);", f"    pid = -{ERRNO};")) as one:
+    async with spawned(tmp_path, rebuilt("    i64 pid = fork_child(us->tid);", f"    i64 pid = -{ERRNO};")) as one:
         error = await refused(one)
     assert (error.step, error.errno) == ("fork", ERRNO)
 
 
 async def test_clone_that_fails_is_named(tmp_path: Path) -> None:
-    change = ("process.clone3(process.CLONE_NEWPID,", "process.clone3(1 << 62,")
-    async with spawned(tmp_path, without("linux/calls", change)) as one:
+    change = ("{CLONE_NEWPID | CLONE_PIDFD,", "{1ULL << 62,")
+    async with spawned(tmp_path, rebuilt(*change)) as one:
         error = await refused(one)
     assert (error.step, error.errno) == ("clone3", errno.EINVAL)
 
@@ -372,7 +373,7 @@ async def test_zygote_that_never_says_a_word_is_ended(tmp_path: Path) -> None:
     def patch() -> None:
         tenant.WARM_SECONDS = 0.3
 
-    change = ("_kept.append(nest)", "import time; time.sleep(60)")
+    change = ("_kept.extend((config, nest, server))", "import time; time.sleep(60)")
     async with spawned(tmp_path, without("spawner/zygote", change), patch=patch) as one:
         error = await refused(one)
     assert error.step == "zygote"
@@ -469,12 +470,10 @@ async def test_zygote_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
 
 async def test_sandbox_that_is_ended_before_its_birth_is_told_of_dies_at_once(tmp_path: Path) -> None:
     """Without a cgroup there is nothing to kill it by until then: five seconds were lost at every other end."""
-    change = (
-        "ours, theirs = socket.socketpair()\n",
-        "ours, theirs = socket.socketpair()\n    import time; time.sleep(0.3)\n",
-    )
+    pause = f"struct timespec pause = {{0, 300000000}}; KERNEL({NANOSLEEP_NUMBER}, &pause, 0, 0, 0); "
+    change = ("        us->before_fork();\n", f"        {pause}us->before_fork();\n")
     absent = frozenset(("memory", "pids", "cpu"))
-    async with spawned(tmp_path, without("spawner/zygote", change), absent=absent) as one:
+    async with spawned(tmp_path, rebuilt(*change), absent=absent) as one:
         await one.client.ready()
         await asyncio.sleep(0.1)  # the first of those for later is on its way
         began = time.monotonic()

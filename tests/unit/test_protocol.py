@@ -29,7 +29,6 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "STARTED": protocol.decode_started,
     "ACTIVITY": protocol.decode_activity,
     "ENDED": protocol.Ended.decode,
-    "SPAWN": protocol.Spawn.decode,
     "SPAWNED": protocol.decode_spawned,
     "REFUSED": protocol.decode_refused,
     "EXITED": messages.Exited.decode,
@@ -53,9 +52,6 @@ def test_what_is_sent_is_what_is_read() -> None:
     assert protocol.decode_cancel(protocol.encode_cancel(9)) == 9
     assert protocol.decode_started(protocol.encode_started(9)) == 9
     assert protocol.decode_activity(protocol.encode_activity(9, True)) == (9, True)
-    spawn = protocol.Spawn(protocol.HAS_CGROUP, 2, 5, 10, 11, 1 << 20)
-    assert protocol.Spawn.decode(spawn.encode()) == spawn
-    assert spawn.descriptors == protocol.SPAWN_FIXED_DESCRIPTORS + 1 + 2
     assert protocol.decode_spawned(protocol.encode_spawned(5)) == 5
     assert protocol.decode_refused(protocol.encode_refused(5, b"step\0001\0text")) == (5, b"step\0001\0text")
     exited = messages.Exited(messages.HIT_STORAGE, 256, 10, 4096, 1.5)

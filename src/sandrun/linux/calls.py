@@ -1,7 +1,8 @@
 """System calls as data: a table made in Python, carried out by calls.c without a line of Python.
 
 Where a process has just been forked from a large interpreter, Python is dear: whatever it looks at it writes to, be it
-a reference count, and each page so written must be copied first. A sandbox's init is therefore no Python at all.
+a reference count, and each page so written must be copied first, and is kept as it was by whoever was forked before. A
+sandbox's init is therefore no Python at all, and a zygote next to none once it is warm.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sandrun.linux.libc import SYS
 LIBRARY = "libcalls.so"
 """Beside this module: what `gcc` made of calls.c (hatch_build.py)."""
 
-COPY, EQUAL, CLOSE_FOREIGN, PLACE = -1, -2, -3, -4
+COPY, EQUAL, CLOSE_FOREIGN, PLACE, DECIMAL = -1, -2, -3, -4, -5
 SUCCESS, ANYTHING = -1_000_001, -1_000_002
 JOB, COLLECTOR = 1, 2
 AT_FDCWD = -100  # <linux/fcntl.h>
@@ -28,14 +29,10 @@ class Slot(int):
     """A number that is known, or changes, only when a table is carried out."""
 
 
-CONTROL, GATE, SIGNALS, WISHES, OUTPUTS, ROLE, TID = (Slot(number) for number in range(7))
-"""calls.c knows these by number."""
-SYNC, STORAGE, SNAPSHOT, PROC, INIT_ID, JOB_ID, SEEN, SCRATCH, TREE, READY = (Slot(number) for number in range(7, 17))
-ENTRIES = tuple(Slot(number) for number in range(17, _SLOTS))
-
-
-TITLE = ctypes.create_string_buffer(8192)
-"""A text for a table's `copy`: what ps(1) shall show of the next process. What is in the table is its address."""
+CONTROL, GATE, SIGNALS, WISHES, OUTPUTS, ROLE, SYNC, STORAGE, INIT_ID, JOB_ID, NUMBER, SIZE = map(Slot, range(12))
+ENTRIES = tuple(map(Slot, range(12, 24)))
+"""calls.c knows these by number, and fills most of them with what the spawner tells of a sandbox."""
+SNAPSHOT, PROC, SEEN, SCRATCH, TREE, READY = map(Slot, range(24, 30))
 
 
 class Slots:
@@ -139,6 +136,10 @@ class Calls:
         """Put a slot's value, as an int, into a buffer."""
         self._put(PLACE, (where, slot), "place")
 
+    def decimal(self, where: int, slot: Slot) -> None:
+        """Write a slot's value into a buffer, as text of up to 20 digits without an end."""
+        self._put(DECIMAL, (where, slot), "decimal")
+
     def table(self) -> _Table:
         """What calls.c gets of it."""
         if self._array is None:
@@ -166,20 +167,54 @@ class Tables:
         self.array = (_Table * 4)(*(calls.table() for calls in self._kept))
 
 
-def spawn(tables: Tables, slots: Slots, *, cgroup_fd: int | None) -> tuple[int, int]:
-    """Clone PID 1 of a new PID namespace. It is a sandbox's init and never comes back here; what it forks does, when it
-    has carried out its table: the job's process, and the collector when the job is over. The slot ROLE tells which.
+class _ForkServer(ctypes.Structure):
+    """struct fork_server of calls.c."""
 
-    Returns: (pid, pidfd) in the caller, (0, -1) in what init forked.
-    Raises: OSError as process.clone3.
+    _fields_ = (
+        ("connection", ctypes.c_int64),
+        ("ended", ctypes.c_int64),
+        ("tables", ctypes.c_void_p),
+        ("entries", ctypes.c_uint64),
+        ("tid", ctypes.c_uint64),
+        ("init_uid", ctypes.c_int64),
+        ("job_uid", ctypes.c_int64),
+        ("before_fork", ctypes.c_void_p),
+        ("after_fork", ctypes.c_void_p),
+    )
+
+
+class ForkServer:
+    """Forks sandboxes as the spawner asks for them, with hardly a page written to.
+
+    `uids` are init's and the job's inside, for id maps written from here; None where a sandbox writes its own.
+    `entries` is how many v1 `tasks` descriptors come with each. Sets SIGCHLD aside, `process.child_descriptor`.
     """
 
-    def clone(arguments: Any, size: int) -> int:
-        slots[TID] = arguments.child_tid
-        result: int = _spawn(ctypes.byref(arguments), size, tables.array, slots.array)
-        return result
+    def __init__(self, connection: int, tables: Tables, *, entries: int, uids: tuple[int, int] | None) -> None:
+        init_uid, job_uid = uids or (-1, -1)
+        self._server = _ForkServer(
+            connection=connection, ended=process.child_descriptor(), entries=entries, tid=process.thread_number() or 0,
+            init_uid=init_uid, job_uid=job_uid, before_fork=process.BEFORE_FORK, after_fork=process.AFTER_FORK,
+        )  # fmt: skip
+        self._reference = ctypes.byref(self._server)
+        self.slots = Slots()
+        self.use(tables)
 
-    return process.clone3(process.CLONE_NEWPID, cgroup_fd=cgroup_fd, make=clone)
+    def use(self, tables: Tables) -> None:
+        self.tables = tables
+        self._server.tables = ctypes.addressof(tables.array)
+
+    def serve(self) -> bool:
+        """Fork one sandbox's init, when the spawner wants it. Init never comes back here. What it forks does, when it
+        has carried out its table: the job's process, and the collector when the job is over. It is told True, and
+        `slots` has its values; ROLE tells which of the two it is.
+
+        Ends the process when the spawner is gone, or does not keep to the table of messages.
+        """
+        if _serve(self._reference, self.slots.array) != 0:
+            return False
+        process.after_fork_child()
+        return True
 
 
 def _load() -> ctypes.PyDLL:
@@ -197,6 +232,5 @@ def _load() -> ctypes.PyDLL:
 _library = _load()
 _run = _library["run"]
 _run.argtypes, _run.restype = [ctypes.c_void_p] * 3, ctypes.c_int64
-_spawn = _library["spawn"]
-_spawn.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p]
-_spawn.restype = ctypes.c_int64
+_serve = _library["serve"]
+_serve.argtypes, _serve.restype = [ctypes.c_void_p] * 2, ctypes.c_int64

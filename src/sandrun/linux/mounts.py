@@ -158,12 +158,21 @@ def set_attributes(
 # ---- the same as lines of a table --------------------------------------------------------------------------
 
 
-def add_new_filesystem(calls: Calls, fstype: str, options: Mapping[str, str], attr_flags: int, store: Slot) -> None:
-    """`new_filesystem` into a slot."""
+def add_new_filesystem(
+    calls: Calls, fstype: str, options: Mapping[str, str | Slot], attr_flags: int, store: Slot
+) -> None:
+    """`new_filesystem` into a slot. The value of an option may be the number in a slot."""
     calls.call("fsopen", fstype.encode(), _FSOPEN_CLOEXEC, about=fstype, store=SCRATCH)
     for key, value in options.items():
-        about = f"{fstype}: {key}={value}"
-        calls.call("fsconfig", SCRATCH, _FSCONFIG_SET_STRING, key.encode(), value.encode(), 0, about=about)
+        about = fstype
+        if isinstance(value, Slot):
+            text: int | bytes = (buffer := calls.buffer(24))
+            calls.decimal(buffer, value)
+            about += f": {key}"
+        else:
+            text = value.encode()
+            about += f": {key}={value}"
+        calls.call("fsconfig", SCRATCH, _FSCONFIG_SET_STRING, key.encode(), text, 0, about=about)
     calls.call("fsconfig", SCRATCH, _FSCONFIG_CMD_CREATE, None, None, 0, about=f"{fstype}: create")
     calls.call("fsmount", SCRATCH, _FSMOUNT_CLOEXEC, attr_flags, about=fstype, store=store)
     calls.call("close", SCRATCH)

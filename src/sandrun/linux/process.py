@@ -6,8 +6,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from sandrun.linux import libc
 from sandrun.linux.libc import SYS, bind, syscall
@@ -177,50 +176,56 @@ _syscall = ctypes.PyDLL(None, use_errno=True)["syscall"]
 _syscall.argtypes, _syscall.restype = [ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_long
 _pidfd = ctypes.c_int(-1)
 _clone_args = _CloneArgs(pidfd=ctypes.addressof(_pidfd), exit_signal=signal.SIGCHLD)
-_tid_address = ctypes.c_uint64(0)
 _before_fork = ctypes.pythonapi["PyOS_BeforeFork"]
-_after_fork_child = ctypes.pythonapi["PyOS_AfterFork_Child"]
+after_fork_child = ctypes.pythonapi["PyOS_AfterFork_Child"]
 _after_fork_parent = ctypes.pythonapi["PyOS_AfterFork_Parent"]
-for _function in (_before_fork, _after_fork_child, _after_fork_parent):
+for _function in (_before_fork, after_fork_child, _after_fork_parent):
     _function.argtypes, _function.restype = [], None
+BEFORE_FORK, AFTER_FORK = (
+    ctypes.cast(function, ctypes.c_void_p).value for function in (_before_fork, _after_fork_parent)
+)
+"""Addresses of what CPython wants called around a fork(2) that is not its own."""
 
 
-def _clone3(arguments: Any, size: int) -> int:
-    result: int = _syscall(SYS["clone3"], ctypes.byref(arguments), size)
-    return -ctypes.get_errno() if result == -1 else result
+def thread_number() -> int | None:
+    """Where libc keeps this thread's number. A fork lets the kernel renew it in the child, CLONE_CHILD_SETTID: where it
+    is stale, two threads of the child may be taken for one by a recursive mutex.
+
+    Returns: None on a kernel without CONFIG_CHECKPOINT_RESTORE.
+    """
+    address = ctypes.c_uint64(0)
+    try:
+        _prctl(PR_GET_TID_ADDRESS, ctypes.addressof(address), 0, 0, 0)
+    except OSError:
+        return None
+    return address.value
 
 
-def clone3(flags: int, *, cgroup_fd: int | None = None, make: Callable[[Any, int], int] = _clone3) -> tuple[int, int]:
+def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
     """fork(2) into new namespaces (`flags`, CLONE_NEW*) and into a v2 cgroup (a descriptor of its directory).
-
-    `make` makes the call, with a struct clone_args and its size; it returns a pid, or an error as a negative number.
 
     Returns: (pid, pidfd) in the parent, (0, -1) in the child. The pidfd is close-on-exec.
     Only for a process with one thread: libc's own fork handlers (malloc's locks, pthread_atfork) do not run.
     Raises: OSError ENOSYS before Linux 5.3, E2BIG before 5.7; EACCES if the cgroup may not be entered, EAGAIN at
         a pids limit, EBUSY if the cgroup has controllers enabled for its children, ENOENT if cgroup namespaces hide it.
     """
-    # libc keeps the thread's number in its thread structure. fork(3) lets the kernel renew it in the child; where it is
-    # stale, two threads of the child may be taken for one by a recursive mutex.
     flags |= CLONE_PIDFD
-    try:
-        _prctl(PR_GET_TID_ADDRESS, ctypes.addressof(_tid_address), 0, 0, 0)
+    _clone_args.child_tid = thread_number() or 0
+    if _clone_args.child_tid:
         flags |= CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID
-        _clone_args.child_tid = _tid_address.value
-    except OSError:  # a kernel without CONFIG_CHECKPOINT_RESTORE
-        _clone_args.child_tid = 0
     if cgroup_fd is not None:
         flags |= CLONE_INTO_CGROUP
     _clone_args.flags = flags
     _clone_args.cgroup = cgroup_fd or 0
     _before_fork()
-    pid = make(_clone_args, ctypes.sizeof(_clone_args))
+    pid: int = _syscall(SYS["clone3"], ctypes.byref(_clone_args), ctypes.sizeof(_clone_args))
     if pid == 0:
-        _after_fork_child()
+        after_fork_child()
         return 0, -1
     if pid < 0:
+        code = ctypes.get_errno()
         _after_fork_parent()
-        raise OSError(-pid, f"clone3: {os.strerror(-pid)}")
+        raise OSError(code, f"clone3: {os.strerror(code)}")
     descriptor = _pidfd.value  # before the handlers, which may themselves fork
     _after_fork_parent()
     return pid, descriptor

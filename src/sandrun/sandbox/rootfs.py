@@ -12,7 +12,7 @@ import stat
 from typing import NamedTuple
 
 from sandrun.linux import mounts, process
-from sandrun.linux.calls import AT_FDCWD, JOB_ID, PROC, STORAGE, TREE, Calls, Slots
+from sandrun.linux.calls import AT_FDCWD, JOB_ID, PROC, SIZE, STORAGE, TREE, Calls, Slot, Slots
 
 WORK = "/job"
 WRITABLE = (WORK, "/tmp", "/dev/shm")
@@ -286,10 +286,20 @@ def new_storage(size_bytes: int, *, owner: int, noswap: bool) -> int:
 
     `noswap` (Linux 6.4) is refused inside a user namespace, so in root mode the spawner makes it. tmpfs(5).
     """
-    options = {"size": str(size_bytes), "nr_inodes": str(INODES), "mode": "0755", "uid": str(owner), "gid": str(owner)}
+    options = {"size": str(size_bytes), **_storage_options(owner)}
     if noswap:
         options["noswap"] = None  # type: ignore[assignment]
     return mounts.new_filesystem("tmpfs", options, UNPRIVILEGED)
+
+
+def _storage_options(owner: int) -> dict[str, str]:
+    return {"nr_inodes": str(INODES), "mode": "0755", "uid": str(owner), "gid": str(owner)}
+
+
+def add_new_storage(calls: Calls) -> None:
+    """`new_storage` of the size in the slot SIZE, into the slot STORAGE, for a sandbox that must make its own."""
+    options: dict[str, str | Slot] = {"size": SIZE, **_storage_options(0)}
+    mounts.add_new_filesystem(calls, "tmpfs", options, UNPRIVILEGED, STORAGE)
 
 
 def add_storage(calls: Calls) -> None:

@@ -26,7 +26,7 @@ class Nest:
         caches: of the modules that the zygote has loaded, see `rootfs.link_caches`.
         variables: names of those that these modules looked for when they were loaded.
         rehearsal: an archive with one small file, see `job.REHEARSAL`.
-        entries: how many v1 `tasks` files init enters its cgroup by, which the spawner tells with each sandbox.
+        entries: how many v1 `tasks` files init enters its cgroup by.
     """
 
     __slots__ = (
@@ -48,6 +48,7 @@ class Nest:
         environment: str,
         masked: list[tuple[str, bool]],
         core_limit: int,
+        entries: int,
     ) -> None:
         self.job_filter = job_filter
         self.init_filter = init_filter
@@ -60,10 +61,10 @@ class Nest:
         self.environment = environment
         self.masked = masked
         self.core_limit = core_limit
+        self.entries = entries
         self.caches: list[tuple[str, bool]] = []
         self.variables: frozenset[str] = frozenset()
         self.rehearsal = b""
-        self.entries = 0
 
 
 class Spec:

@@ -21,6 +21,7 @@ from sandrun.linux.calls import (
     ENTRIES,
     GATE,
     INIT_ID,
+    NUMBER,
     PROC,
     READY,
     SCRATCH,
@@ -29,7 +30,6 @@ from sandrun.linux.calls import (
     SNAPSHOT,
     STORAGE,
     SYNC,
-    TITLE,
     Calls,
     Tables,
 )
@@ -54,8 +54,10 @@ class StepFailed(Exception):
 
 
 def name_init(calls: Calls, nest: Nest) -> None:
-    where, text = process.title("")
-    calls.copy(where, TITLE, len(text))
+    title = "sandrun: sandbox "
+    where, text = process.title(title)
+    calls.copy(where, text, len(text))
+    calls.decimal(where + len(title), NUMBER)
     calls.call("memfd_create", b"snapshot", os.MFD_CLOEXEC, store=SNAPSHOT)
     calls.call("eventfd2", 0, os.EFD_CLOEXEC, store=READY)
 
@@ -82,6 +84,8 @@ def name_host(calls: Calls, nest: Nest) -> None:
 
 
 def attach_storage(calls: Calls, nest: Nest) -> None:
+    if nest.shared_uid:  # else it comes from the spawner
+        rootfs.add_new_storage(calls)
     rootfs.add_storage(calls)
 
 

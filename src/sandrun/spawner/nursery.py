@@ -138,11 +138,11 @@ def start(recipe: Recipe, archive: int, cgroup: Cgroup | None) -> Zygote:
     ours, theirs = protocol.pair()
     parent, child = socket.socketpair()
     directory = cgroup.directory_fd() if cgroup is not None else None
-    config = sealed(json.dumps(_config(recipe)).encode(), "config")
+    entries = cgroup.entry_fds() if cgroup is not None else []
     try:
-        entries = cgroup.entry_fds() if cgroup is not None else []
+        config = sealed(json.dumps(_config(recipe, len(entries))).encode(), "config")
     except OSError:
-        os.close(config)
+        protocol.close_all(entries)
         raise
     try:
         pid, pidfd = process.clone3(NAMESPACES, cgroup_fd=directory)
@@ -173,12 +173,13 @@ def start(recipe: Recipe, archive: int, cgroup: Cgroup | None) -> Zygote:
     return Zygote(pid, pidfd, ours)
 
 
-def _config(recipe: Recipe) -> dict[str, Any]:
+def _config(recipe: Recipe, entries: int) -> dict[str, Any]:
+    """A sandbox enters its cgroup by as many files as its zygote does."""
     return {
         "name": recipe.name,
         "preload": recipe.preload,
         "libraries": recipe.libraries,
-        "nest": recipe.nest,
+        "nest": {**recipe.nest, "entries": entries},
         "rehearsal": interpreters.make_archive(job.REHEARSAL, b"print(1)\n").hex(),
     }
 

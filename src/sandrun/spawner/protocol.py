@@ -229,9 +229,9 @@ WARM = b"w"  # `encode_facts`
 SPAWNED = b"p"
 REFUSED = b"r"
 
-_SPAWN = struct.Struct("<cBBBIIIxxxxQ")
+_SPAWN = struct.Struct("<cBBBIIIQ")
 SPAWN_FIXED_DESCRIPTORS = 2
-"""control, gate; then tmpfs?, v2 cgroup?, v1 tasks files."""
+"""control, gate; then tmpfs?, v2 cgroup?, v1 tasks files. The zygote's end is linux/calls.c, `serve`."""
 HAS_STORAGE, HAS_CGROUP = 1, 2
 
 
@@ -247,15 +247,6 @@ class Spawn(NamedTuple):
 
     def encode(self) -> bytes:
         return _SPAWN.pack(SPAWN, self.flags, self.entries, 0, self.slot, self.init_id, self.job_id, self.storage_bytes)
-
-    @classmethod
-    def decode(cls, message: bytes) -> Spawn:
-        _, flags, entries, _, slot, init_id, job_id, storage = unpack(_SPAWN, message)
-        return cls(flags, entries, slot, init_id, job_id, storage)
-
-    @property
-    def descriptors(self) -> int:
-        return SPAWN_FIXED_DESCRIPTORS + bool(self.flags & HAS_STORAGE) + bool(self.flags & HAS_CGROUP) + self.entries
 
 
 _SLOT = struct.Struct("<cxxxI")

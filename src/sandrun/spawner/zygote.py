@@ -8,14 +8,12 @@ import errno
 import gc
 import json
 import os
-import select
 import signal
 import socket
 import sys
 from typing import Any
 
 from sandrun.linux import calls, memory, process
-from sandrun.linux.calls import Slots
 from sandrun.sandbox import job, messages, rootfs, script
 from sandrun.sandbox.spec import INIT_UID, JOB_UID, Nest, Spec
 from sandrun.sandbox.steps import StepFailed, tabulate
@@ -39,9 +37,13 @@ def main() -> None:
         process.set_title(f"sandrun: zygote {config['name'] or 'bare'}")
         process.set_name("sandrun-zygote")
         nest = _make_nest(config)
-        _kept.append(nest)
-        protocol.send(connection, protocol.encode_facts(protocol.WARM, _prepare(config, nest)))
-        del config
+        warm = protocol.encode_facts(protocol.WARM, _load(config, nest))
+        uids = None if nest.shared_uid else (INIT_UID, JOB_UID)
+        server = calls.ForkServer(SOCKET, tabulate(nest), entries=nest.entries, uids=uids)
+        _kept.extend((config, nest, server))
+        _settle(config)
+        protocol.send(connection, warm)
+        connection.detach()  # in a job's process its end would close whatever has that number
     except StepFailed as error:
         failure = messages.failure(error.step, error.__cause__ or error)
         protocol.send(connection, protocol.encode_refused(0, failure))
@@ -50,7 +52,9 @@ def main() -> None:
         protocol.send(connection, protocol.encode_refused(0, messages.failure("zygote", error)))
         os._exit(1)
     try:
-        _serve(connection, nest)
+        while not server.serve():
+            pass
+        _be_forked(nest, server)
     except BaseException as error:
         os.write(2, f"zygote: {type(error).__name__}: {error}\n".encode())
         os._exit(1)
@@ -65,7 +69,7 @@ def _make_nest(config: dict[str, Any]) -> Nest:
     return nest
 
 
-def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
+def _load(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
     """Load what jobs shall find loaded, and run the paths they take once: a page touched here is not copied there."""
     reason = ""
     try:
@@ -79,12 +83,6 @@ def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
         script.warm_up()
     os.environ.pop("PYTHONPATH", None)
     modules = sorted(n for n in sys.modules if not n.startswith(("sandrun", "sitecustomize", "__main__")))
-    script.remember()
-    gc.collect()
-    gc.freeze()
-    script.prepare()
-    if config["preload"]:
-        memory.collapse()  # a bare interpreter is small enough to be better off without
     return {
         "python": sys.version.split()[0],
         "in_place": script.ready(),
@@ -93,109 +91,27 @@ def _prepare(config: dict[str, Any], nest: Nest) -> dict[str, Any]:
     }
 
 
-def _serve(connection: socket.socket, nest: Nest) -> None:
-    ended = process.child_descriptor()
-    waiting = select.poll()
-    waiting.register(connection, select.POLLIN)
-    waiting.register(ended, select.POLLIN)
-    while True:
-        ready = dict(waiting.poll())
-        if ended in ready:
-            os.read(ended, 4096)
-            _reap()
-        if connection.fileno() not in ready:
-            continue
-        message, descriptors = protocol.receive(connection, 64, protocol.MAX_DESCRIPTORS)
-        if not message:
-            os._exit(0)
-        spawn = protocol.Spawn.decode(message)
-        if len(descriptors) != spawn.descriptors:
-            os._exit(1)
-        try:
-            if _spawn(connection, nest, spawn, descriptors):
-                return
-        except (OSError, StepFailed) as error:
-            step = error.step if isinstance(error, StepFailed) else "clone3"
-            failure = messages.failure(step, error.__cause__ or error)
-            protocol.send(connection, protocol.encode_refused(spawn.slot, failure))
-        protocol.close_all(descriptors)
+def _settle(config: dict[str, Any]) -> None:
+    """What is there now stays: no job's collector of garbage looks at it."""
+    script.remember()
+    gc.collect()
+    gc.freeze()
+    script.prepare()
+    if config["preload"]:
+        memory.collapse()  # a bare interpreter is small enough to be better off without
 
 
-def _reap() -> None:
-    """Of sandboxes that are over. Nowhere else: until then no other process has their pids (`_write_maps`)."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
-
-
-_tables: dict[int, calls.Tables] = {}
-"""By `Nest.entries`, which is the same for all sandboxes."""
-
-
-def _spawn(connection: socket.socket, nest: Nest, spawn: protocol.Spawn, descriptors: list[int]) -> bool:
-    """Fork a sandbox's init. Returns True only in a job's process that is to run in this interpreter."""
-    if spawn.entries not in _tables:
-        nest.entries = spawn.entries
-        _tables[spawn.entries] = tabulate(nest)
-    slots = Slots()
-    slots[calls.INIT_ID], slots[calls.JOB_ID] = spawn.init_id, spawn.job_id
-    slots[calls.CONTROL], slots[calls.GATE], *rest = descriptors
-    if spawn.flags & protocol.HAS_STORAGE:
-        slots[calls.STORAGE] = rest.pop(0)
-    else:
-        try:
-            descriptors.append(rootfs.new_storage(spawn.storage_bytes, owner=0, noswap=False))
-        except OSError as error:
-            raise StepFailed("storage") from error
-        slots[calls.STORAGE] = descriptors[-1]
-    cgroup = rest.pop(0) if spawn.flags & protocol.HAS_CGROUP else None
-    for slot, entry in zip(calls.ENTRIES[: spawn.entries], rest, strict=True):
-        slots[slot] = entry
-    calls.TITLE.value = process.title(f"sandrun: sandbox {spawn.slot}")[1]
-    ours, theirs = socket.socketpair()
-    try:
-        slots[calls.SYNC] = theirs.fileno()
-        pid, pidfd = calls.spawn(_tables[spawn.entries], slots, cgroup_fd=cgroup)
-        if pid == 0:
-            for end in (ours, theirs, connection):
-                end.detach()  # closed by number, with everything else that is foreign
-            _be_forked(nest, slots, _tables[spawn.entries].filter)
-            return True
-        theirs.close()
-        protocol.send(connection, protocol.encode_spawned(spawn.slot), [pidfd])
-        os.close(pidfd)
-        if not nest.shared_uid and ours.recv(1) == b"u":
-            _write_maps(pid, spawn)
-            ours.send(b"m")
-    finally:
-        ours.close()
-        theirs.close()
-    return False
-
-
-def _be_forked(nest: Nest, slots: Slots, filter: bytes) -> None:
+def _be_forked(nest: Nest, server: calls.ForkServer) -> None:
     """Be what a sandbox's init has forked. Returns only if this interpreter is to run the job."""
+    slots = server.slots
     spec = Spec(
         nest,
         control=slots[calls.CONTROL],
         gate=slots[calls.GATE],
         snapshot=slots[calls.SNAPSHOT],
         landlock=nest.landlock if slots[calls.SEEN] == -errno.EACCES else 0,
-        filter=filter,
+        filter=server.tables.filter,
     )
     if slots[calls.ROLE] == calls.COLLECTOR:
         job.be_collector(spec, slots[calls.WISHES], slots[calls.OUTPUTS])
     job.become_job(spec)
-
-
-def _write_maps(pid: int, spawn: protocol.Spawn) -> None:
-    """Give a sandbox's user namespace its two ids. The pid cannot be another's: its process waits for us, unreaped."""
-    ids = b"%d %d 1\n%d %d 1\n" % (INIT_UID, spawn.init_id, JOB_UID, spawn.job_id)
-    for name, data in (("setgroups", b"deny"), ("gid_map", ids), ("uid_map", ids)):
-        descriptor = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
