@@ -25,12 +25,12 @@ from sandrun.spawner import box, nursery, protocol, tenant
 from tests import host, serving
 from tests.kernel.spawned import (
     ERRNO,
-    NANOSLEEP_NUMBER,
     SAY,
     Done,
     Spawned,
     default_waived,
     hear_late,
+    pause,
     rebuilt,
     sleeping,
     spawned,
@@ -427,8 +427,8 @@ async def test_job_that_waits_for_a_sandbox_when_the_zygote_dies_is_served_by_th
 @pytest.mark.requirement(31)
 async def test_job_that_is_over_before_init_looks_has_its_outputs_collected(tmp_path: Path) -> None:
     """On a busy machine the other process of a new sandbox may have done all before init gets a core."""
-    slow = sleeping('    calls.call("close", PROC)\n    calls.call("close", GATE)\n', 0.7)
-    async with spawned(tmp_path, slow, patch=build_on_demand) as one:
+    looks = "    report_the_end(slots, wait_for_the_end("
+    async with spawned(tmp_path, rebuilt(looks, f"{pause(0.7)}\n{looks}"), patch=build_on_demand) as one:
         await one.client.ready()
         done = await one.run("open('output', 'w').write('x')")
         assert (done.outputs, done.complete) == ({"output": b"x"}, True)
@@ -470,8 +470,7 @@ async def test_zygote_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
 
 async def test_sandbox_that_is_ended_before_its_birth_is_told_of_dies_at_once(tmp_path: Path) -> None:
     """Without a cgroup there is nothing to kill it by until then: five seconds were lost at every other end."""
-    pause = f"struct timespec pause = {{0, 300000000}}; KERNEL({NANOSLEEP_NUMBER}, &pause, 0, 0, 0); "
-    change = ("        us->before_fork();\n", f"        {pause}us->before_fork();\n")
+    change = ("        us->before_fork();\n", f"        {pause(0.3)} us->before_fork();\n")
     absent = frozenset(("memory", "pids", "cpu"))
     async with spawned(tmp_path, rebuilt(*change), absent=absent) as one:
         await one.client.ready()
