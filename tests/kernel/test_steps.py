@@ -173,7 +173,7 @@ async def test_what_stands_between_the_steps_fails_by_name(
 @pytest.mark.unprivileged
 async def test_storage_that_a_sandbox_cannot_make_is_named(tmp_path: Path) -> None:
     """With one uid it makes its own."""
-    change = ("slots[SIZE] = (i64)asked.storage_bytes;", "slots[SIZE] = 0x7fffffffffffffff;")
+    change = ("slots[SIZE] = (i64)asked.storage_bytes;", "slots[SIZE] = -1;")
     async with spawned(tmp_path, rebuilt(*change)) as one:
         error = await refused(one)
     assert (error.step, error.errno) == ("storage", errno.EINVAL)
