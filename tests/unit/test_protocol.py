@@ -52,7 +52,7 @@ def test_what_is_sent_is_what_is_read() -> None:
     assert protocol.decode_cancel(protocol.encode_cancel(9)) == 9
     assert protocol.decode_started(protocol.encode_started(9)) == 9
     assert protocol.decode_activity(protocol.encode_activity(9, True)) == (9, True)
-    assert protocol.decode_spawned(protocol.encode_spawned(5)) == 5
+    assert protocol.decode_spawned(struct.pack("<cxxxI", protocol.SPAWNED, 5)) == 5  # as calls.c does
     assert protocol.decode_refused(protocol.encode_refused(5, b"step\0001\0text")) == (5, b"step\0001\0text")
     exited = messages.Exited(messages.HIT_STORAGE, 256, 10, 4096, 1.5)
     sent = struct.pack("<cBHiqqd", messages.EXITED, messages.HIT_STORAGE, 0, 256, 10, 4096, 1.5)  # as calls.c does

@@ -230,13 +230,14 @@ SPAWNED = b"p"
 REFUSED = b"r"
 
 _SPAWN = struct.Struct("<cBBBIIIQ")
-SPAWN_FIXED_DESCRIPTORS = 2
-"""control, gate; then tmpfs?, v2 cgroup?, v1 tasks files. The zygote's end is linux/calls.c, `serve`."""
 HAS_STORAGE, HAS_CGROUP = 1, 2
 
 
 class Spawn(NamedTuple):
-    """Build a sandbox. Ids are those of the zygote's user namespace; equal ones mean a single uid for all."""
+    """Build a sandbox. Ids are those of the zygote's user namespace; equal ones mean a single uid for all.
+
+    Descriptors: control, gate, tmpfs?, v2 cgroup?, v1 `tasks` files. The zygote's end is linux/calls.c, `serve`.
+    """
 
     flags: int
     entries: int  # v1 `tasks` descriptors at the end
@@ -252,12 +253,8 @@ class Spawn(NamedTuple):
 _SLOT = struct.Struct("<cxxxI")
 
 
-def encode_spawned(slot: int) -> bytes:
-    """Goes with one descriptor: the pidfd of the sandbox's init."""
-    return _SLOT.pack(SPAWNED, slot)
-
-
 def decode_spawned(message: bytes) -> int:
+    """The slot. One descriptor goes along: the pidfd of the sandbox's init."""
     return unpack(_SLOT, message)[1]
 
 
