@@ -241,7 +241,7 @@ static void fail(const i64 *slots, const char *step, const char *about, i64 resu
     give_up(slots[CONTROL], &why);
 }
 
-/* fork(2), with the child's number renewed where libc keeps it, see process.clone3. */
+/* fork(2), with the child's number renewed where libc keeps it, see process.thread_number. */
 static i64 fork_child(u64 tid)
 {
     u64 flags = SIGCHLD;
